@@ -1,0 +1,145 @@
+"""What the command line accepts: Hydra's nodes for plugins, made from their dataclasses, and answers to mistyped settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
+from hydra.errors import HydraException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from tokenreduce.knobs import nearest
+from tokenreduce.registry import BENCHMARKS, REDUCERS, Registry
+
+CONFIG_MODULE = "tokenreduce_conf"
+CONFIG_NAME = "config"
+PLUGINS: dict[str, Registry[Any]] = {"reducer": REDUCERS, "benchmark": BENCHMARKS}
+"""The configuration groups whose nodes are made from plugins."""
+RUN_SETTINGS: dict[str, dict[str, Any]] = {
+    "reducer": {},
+    "benchmark": {"limit": None, "prompt": "{question}"},
+}
+"""What every node of a group has beside its plugin's own knobs."""
+
+
+def register_plugins() -> None:
+    """Give Hydra a node for every installed reducer and benchmark, so that ``reducer=NAME`` needs no file."""
+    for group, registry in PLUGINS.items():
+        for name, plugin in registry.usable().items():
+            node = {"name": name, **knob_defaults(plugin), **RUN_SETTINGS[group]}
+            try:
+                ConfigStore.instance().store(name, OmegaConf.create(node), group, provider=registry.origin(name))
+            except OmegaConfBaseException as error:
+                summary = str(error).splitlines()[0]
+                warnings.warn(
+                    f"{group} {name!r} of {registry.origin(name)} cannot be used on the command line: {summary}", stacklevel=2
+                )
+
+
+def knob_defaults(plugin: type) -> dict[str, Any]:
+    """The knobs of a plugin's dataclass with their defaults, OmegaConf's ``???`` for those that have none."""
+    return {field.name: _default(field) for field in dataclasses.fields(plugin) if field.init}
+
+
+def knobs_of(node: DictConfig, group: str) -> dict[str, Any]:
+    """The plugin's own knobs out of its composed node. Raises ``ValueError`` for one that is required and was not given."""
+    for name in OmegaConf.missing_keys(node):
+        raise ValueError(f"{group} {node.name!r} needs a value for {name!r}: add {group}.{name}=VALUE")
+    values = cast(dict[str, Any], OmegaConf.to_container(node, resolve=True))
+    return {name: value for name, value in values.items() if name != "name" and name not in RUN_SETTINGS[group]}
+
+
+def check_overrides(overrides: Sequence[str]) -> None:
+    """Raise ``ValueError`` for a choice or a setting that does not exist, with the nearest one that does.
+
+    Hydra would refuse them too, but it knows neither the near name nor which package a plugin comes from.
+    """
+    with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
+        try:
+            parsed = OverridesParser.create().parse_overrides(list(overrides))
+        except HydraException as error:
+            raise ValueError(f"{error}\nQuote a value that holds special characters: NAME='\"VALUE\"'") from error
+        choices = _choices(parsed)
+        for group, values in choices.items():
+            _check_choices(group, values)
+        for override in parsed:
+            if override.key_or_group not in choices and not override.key_or_group.startswith("hydra"):
+                _check_setting(override, choices)
+        fixed = [override.input_line for override in parsed if not override.is_sweep_override()]
+        try:
+            config = compose(CONFIG_NAME, [line for line in fixed if line is not None])
+        except HydraException as error:
+            cause = f"\n{error.__cause__}" if isinstance(error.__cause__, OmegaConfBaseException) else ""
+            raise ValueError(f"{error}{cause}") from error
+        _check_output(Path(str(config.output)))
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return MISSING
+
+
+def _choices(overrides: Iterable[Override]) -> dict[str, list[str]]:
+    """For every configuration group that is overridden, the options that are asked for."""
+    groups = GlobalHydra.instance().config_loader().list_groups("")
+    found = {}
+    for override in overrides:
+        group = override.key_or_group
+        if group in groups and group != "hydra" and override.type is not OverrideType.DEL:
+            values = override.sweep_string_iterator() if override.is_sweep_override() else [override.value()]
+            found[group] = [str(value) for value in values]
+    return found
+
+
+def _check_choices(group: str, values: Iterable[str]) -> None:
+    known = GlobalHydra.instance().config_loader().get_group_options(group)
+    for value in values:
+        if value in known:
+            continue
+        if group in PLUGINS and (reason := PLUGINS[group].broken().get(value)):
+            raise ValueError(f"{group} {value!r} of {PLUGINS[group].origin(value)} cannot be used: {reason}")
+        hint = f" (a checkpoint's directory is given as model.path={value})" if group == "model" else ""
+        raise ValueError(f"unknown {group} {value!r}: {nearest(value, known)}{hint}")
+
+
+def _check_setting(override: Override, choices: dict[str, list[str]]) -> None:
+    """Follow an override's dotted key into the configuration that it will be applied to."""
+    key = override.key_or_group
+    group = key.split(".")[0]
+    if override.type is not OverrideType.CHANGE and group not in PLUGINS:
+        return  # adding and deleting are Hydra's own; a plugin's knobs are all there already
+    for choice in choices.get(group, [None]):
+        node: Any = compose(CONFIG_NAME, [] if choice is None else [f"{group}={choice}"])
+        place = ""
+        for part in key.split("."):
+            if not isinstance(node, DictConfig):
+                raise ValueError(f"unknown setting {key!r}: {place} has no parts")
+            if part not in node:
+                known = [str(name) for name in node if name != "name"]
+                if place in PLUGINS:
+                    plus = "" if override.type is OverrideType.CHANGE else " (Hydra's '+' is not needed: every knob is there)"
+                    raise ValueError(f"{place} {node.name!r} has no knob {part!r}: {nearest(part, known)}{plus}")
+                raise ValueError(f"unknown setting {key!r}: {nearest(part, known)}")
+            place = f"{place}.{part}" if place else part
+            node = None if OmegaConf.is_missing(node, part) else node[part]
+
+
+def _check_output(folder: Path) -> None:
+    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not existing.is_dir():
+        raise ValueError(f"output={str(folder)!r} cannot be a directory: {str(existing)!r} is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"output={str(folder)!r} cannot be written to; give another directory: output=DIRECTORY")
