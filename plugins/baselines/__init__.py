@@ -1,0 +1,141 @@
+"""The baselines that keep a comparison honest: what no method at all, no picture, or no cleverness achieves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from tokenreduce.reducer import (
+    AtInput,
+    AtProjector,
+    Geometry,
+    Grid,
+    Keep,
+    ScoreReducer,
+    Selection,
+    Span,
+    Step,
+    TokenReducer,
+    VisualTokens,
+    tokens_to_keep,
+)
+
+
+@dataclass(frozen=True)
+class WithoutSelection(TokenReducer):
+    """A reducer that never chooses among computed tokens."""
+
+    def select(self, step: Step, tokens: VisualTokens) -> Selection:
+        raise TypeError(f"{type(self).__name__} has no step at which there are visual tokens to choose from")
+
+
+@dataclass(frozen=True)
+class NoReduction(WithoutSelection):
+    """Keep every visual token: the unreduced model."""
+
+    paper: ClassVar[str] = "baseline: the model as it is"
+
+    def steps(self, geometry: Geometry) -> list[Step]:
+        return []
+
+
+@dataclass(frozen=True)
+class NoImage(WithoutSelection):
+    """Take the picture away: what the text alone gives."""
+
+    paper: ClassVar[str] = "baseline: the question without its picture"
+
+    def steps(self, geometry: Geometry) -> list[Step]:
+        return [AtInput()]
+
+    def count(self, step: Step, span: Span) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class Downsample(WithoutSelection):
+    """Make the picture smaller before the vision tower, so that it gives fewer tokens.
+
+    The tokens kept form a grid of the picture's shape, so there may be a few less than ``keep`` allows.
+    """
+
+    paper: ClassVar[str] = "baseline: a smaller picture"
+
+    keep: Keep = 0.25
+
+    def steps(self, geometry: Geometry) -> list[Step]:
+        return [AtInput(self.keep)]
+
+    def count(self, step: Step, span: Span) -> int:
+        return len(span.grid.fit(tokens_to_keep(self.keep, span.entered)))
+
+
+@dataclass(frozen=True)
+class Random(ScoreReducer):
+    """Keep tokens drawn at random, evenly over the picture; a larger ``keep`` adds to the tokens of a smaller one."""
+
+    paper: ClassVar[str] = "baseline: seeded chance"
+
+    keep: Keep = 0.25
+    seed: int = 0
+
+    def steps(self, geometry: Geometry) -> list[Step]:
+        return [AtProjector(self.keep)]
+
+    def score(self, tokens: VisualTokens) -> Tensor:
+        drawn = torch.rand(len(tokens), generator=tokens.generator(self.seed))
+        return drawn.to(tokens.features.device)
+
+
+@dataclass(frozen=True)
+class Uniform(TokenReducer):
+    """Keep every n-th token in raster order: the middles of ``keep`` equal stretches."""
+
+    paper: ClassVar[str] = "baseline: a centred stride"
+
+    keep: Keep = 0.25
+
+    def steps(self, geometry: Geometry) -> list[Step]:
+        return [AtProjector(self.keep)]
+
+    def select(self, step: Step, tokens: VisualTokens) -> Selection:
+        count = tokens_to_keep(self.keep, tokens.span.entered)
+        stretches = torch.arange(count, device=tokens.features.device)
+        return Selection((2 * stretches + 1) * len(tokens) // (2 * count))
+
+
+@dataclass(frozen=True)
+class Pool(TokenReducer):
+    """Average the tokens of every cell of a coarser grid.
+
+    The cells form a grid of the picture's shape, so there may be a few less than ``keep`` allows.
+    """
+
+    paper: ClassVar[str] = "baseline: average pooling"
+
+    keep: Keep = 0.25
+
+    def steps(self, geometry: Geometry) -> list[Step]:
+        return [AtProjector(self.keep)]
+
+    def count(self, step: Step, span: Span) -> int:
+        return len(self._coarse(span))
+
+    def select(self, step: Step, tokens: VisualTokens) -> Selection:
+        grid = tokens.span.grid
+        if len(tokens) != len(grid):
+            raise ValueError(
+                f"pool averages whole grids, but only {len(tokens)} of {len(grid)} tokens are left: run it first"
+            )
+        centres, cells = (places.to(tokens.features.device) for places in grid.cells(self._coarse(tokens.span)))
+        # A product with the membership matrix, not a scatter, which adds up in another order every time on a GPU.
+        members = one_hot(cells, len(centres)).T.float()
+        means = members / members.sum(dim=1, keepdim=True) @ tokens.features.float()
+        return Selection(centres, means.to(tokens.features.dtype), source=cells)
+
+    def _coarse(self, span: Span) -> Grid:
+        return span.grid.fit(tokens_to_keep(self.keep, span.entered))
