@@ -1,0 +1,57 @@
+"""What a benchmark is: samples with a question about images, and a score for an answer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from PIL import Image
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question. ``id`` is unique and stable; an image's samples share ``image_id``, by which statistics cluster."""
+
+    id: str
+    question: str
+    answers: tuple[str, ...]
+    category: str
+    image_id: str
+
+
+class Benchmark(ABC):
+    """Questions about images. Subclasses are frozen dataclasses: their fields are their knobs.
+
+    Sample ``i`` depends on nothing but the knobs and ``i``, so that a shorter run is a prefix of a longer one.
+    Samples that share an image are best put next to each other: it is then loaded once.
+    """
+
+    description: ClassVar[str] = ""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Sample: ...
+
+    @abstractmethod
+    def images(self, sample: Sample) -> list[Image.Image]:
+        """The sample's images. May raise where one cannot be read: the sample then becomes a record with that error."""
+
+    def score(self, answer: str, sample: Sample) -> float:
+        """How good an answer is, in [0, 1]. By default 1 for an accepted one, whatever its case and final full stop."""
+        return float(normalised(answer) in {normalised(accepted) for accepted in sample.answers})
+
+    def fingerprint(self) -> str:
+        """Whatever besides the knobs and the source file decides the samples, such as a digest of the data files."""
+        return ""
+
+
+def normalised(answer: str) -> str:
+    """An answer as it is compared: lower case, single spaces, no full stop at the end.
+
+    >>> normalised(" Top-left.")
+    'top-left'
+    """
+    return " ".join(answer.lower().strip().rstrip(".").split())

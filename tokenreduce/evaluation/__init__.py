@@ -1,0 +1,18 @@
+"""Scores, costs and times of reducers: the loop over a benchmark, its records, the clock and the statistics."""
+
+from tokenreduce.evaluation.comparison import Settings, compare, read_metrics
+from tokenreduce.evaluation.progress import Progress, Silent
+from tokenreduce.evaluation.records import Record, StorageError, read_records
+from tokenreduce.evaluation.run import evaluate
+
+__all__ = [
+    "Progress",
+    "Record",
+    "Settings",
+    "Silent",
+    "StorageError",
+    "compare",
+    "evaluate",
+    "read_metrics",
+    "read_records",
+]

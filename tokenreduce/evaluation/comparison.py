@@ -1,0 +1,403 @@
+"""The whole comparison: a reducer beside the unreduced model and beside random selection at the same counts.
+
+Every method's answers are a run of its own, found again by its content hash; the time to first token and the memory
+are always measured anew, side by side. The result is ``metrics.json``, which needs no model to be read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from transformers import PreTrainedModel
+
+from tokenreduce.benchmarks.benchmark import Benchmark, Sample
+from tokenreduce.evaluation import statistics
+from tokenreduce.evaluation.clock import ReducerFor as ReducerForPrompt
+from tokenreduce.evaluation.clock import attached, first_token_times, peak_memory
+from tokenreduce.evaluation.identity import content_hash, run_identity
+from tokenreduce.evaluation.progress import Progress
+from tokenreduce.evaluation.prompts import PLACE
+from tokenreduce.evaluation.records import Record, StorageError, storage, write_atomically
+from tokenreduce.evaluation.run import ReducerFor, Runner
+from tokenreduce.evaluation.statistics import Estimate
+from tokenreduce.reducer import TokenReducer
+from tokenreduce.registry import BENCHMARKS, REDUCERS, create
+
+METRICS = "metrics.json"
+METRICS_SCHEMA = 1
+
+UNREDUCED, REDUCER, RANDOM = "unreduced", "reducer", "random"
+"""The methods of a comparison, as ``metrics["methods"]`` names them."""
+
+Metrics = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a comparison is run. ``output`` holds a folder for every run; ``limit`` takes the first samples only.
+
+    random_seeds: draws of the random baseline; 0 leaves it out.
+    timing_pairs: how often each method's time to first token is measured; 0 leaves times and memory out.
+    """
+
+    output: Path
+    batch_size: int = 32
+    limit: int | None = None
+    max_new_tokens: int = 16
+    prompt: str = PLACE
+    random_seeds: int = 5
+    timing_pairs: int = 30
+
+    def __post_init__(self) -> None:
+        for name in ("random_seeds", "timing_pairs"):
+            if (value := getattr(self, name)) < 0:
+                raise ValueError(f"{name}={value} is negative; 0 leaves it out")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run's folder and records by sample id."""
+
+    folder: Path
+    hash: str
+    identity: Mapping[str, Any]
+    records: Mapping[str, Record]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the comparison: one run, or several that differ by seed and are averaged sample by sample."""
+
+    name: str
+    knobs: Mapping[str, Any]
+    runs: Sequence[Run]
+    reducer_for: ReducerFor
+
+    def mean(self, ids: Sequence[str], value: Callable[[Record], float]) -> list[float]:
+        """The mean over runs of ``value``, by sample."""
+        return [sum(value(run.records[each]) for run in self.runs) / len(self.runs) for each in ids]
+
+
+def compare(
+    model: PreTrainedModel,
+    processor: Any,
+    benchmark: Benchmark,
+    reducer: TokenReducer,
+    settings: Settings,
+    *,
+    config: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> tuple[Path, Metrics]:
+    """Compare ``reducer`` with the unreduced model and with random selection; returns the run's folder and its metrics.
+
+    ``config`` is whatever the caller wants to find again in ``config.yaml``. Runs that exist already are continued or
+    reused. Raises ``ValueError`` when no sample could be answered by every method.
+    """
+    comparison = _Comparison(model, processor, benchmark, reducer, settings, progress)
+    methods = comparison.methods()
+    main = methods.get(REDUCER, methods[UNREDUCED]).runs[0]
+    times, memory = comparison.measured(methods)
+    metrics = {
+        "schema": METRICS_SCHEMA,
+        "run": {"hash": main.hash, "folder": main.folder.name, "identity": main.identity},
+        "benchmark": comparison.describe_benchmark(methods),
+        "methods": {
+            key: _row(key, methods, comparison.answered(methods), times.get(key), memory.get(key)) for key in methods
+        },
+        "settings": {name: value for name, value in asdict(settings).items() if name != "output"},
+    }
+    if config is not None:
+        _write_config(main, {"config": dict(config)})
+    write_atomically(main.folder / METRICS, json.dumps(metrics, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    return main.folder, metrics
+
+
+def read_metrics(folder: Path | str) -> Metrics:
+    """A finished comparison. Raises ``StorageError`` where there is none, or a newer version's."""
+    path = Path(folder) / METRICS
+    with storage(path, "read"):
+        text = path.read_text(encoding="utf-8")
+    metrics: Metrics = json.loads(text)
+    if metrics.get("schema") != METRICS_SCHEMA:
+        raise StorageError(
+            f"{path} has schema {metrics.get('schema')}; this version of tokenreduce reads {METRICS_SCHEMA}"
+        )
+    return metrics
+
+
+class _Comparison:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: Any,
+        benchmark: Benchmark,
+        reducer: TokenReducer,
+        settings: Settings,
+        progress: Progress | None,
+    ) -> None:
+        self._model, self._processor, self._benchmark = model, processor, benchmark
+        self._reducer, self._settings = reducer, settings
+        self._runner = Runner(
+            model,
+            processor,
+            benchmark,
+            batch_size=settings.batch_size,
+            limit=settings.limit,
+            max_new_tokens=settings.max_new_tokens,
+            prompt=settings.prompt,
+            progress=progress,
+        )
+        self._by_id = {sample.id: sample for sample in self._runner.samples()}
+
+    def methods(self) -> dict[str, Method]:
+        """Every method with its records, the unreduced model first."""
+        none = create("none")
+        methods = {UNREDUCED: self._single(none, "unreduced")}
+        if type(self._reducer) is not type(none):
+            methods[REDUCER] = self._single(self._reducer, REDUCERS.name_of(self._reducer))
+            if self._settings.random_seeds and (random := self._random(methods[REDUCER].runs[0])):
+                methods[RANDOM] = random
+        return methods
+
+    def answered(self, methods: Mapping[str, Method]) -> list[Sample]:
+        """The samples that every run answered: only these are compared."""
+        runs = [run for method in methods.values() for run in method.runs]
+        return [sample for sample in self._by_id.values() if all(run.records[sample.id].error is None for run in runs)]
+
+    def describe_benchmark(self, methods: Mapping[str, Method]) -> dict[str, Any]:
+        """What was asked, and what could not be answered."""
+        failed = [
+            {"id": record.id, "method": key, "error": record.error}
+            for key, method in methods.items()
+            for run in method.runs
+            for record in run.records.values()
+            if record.error is not None
+        ]
+        answered = self.answered(methods)
+        if not answered:
+            first = failed[0]
+            raise ValueError(
+                f"none of the {len(self._by_id)} samples was answered by every method; "
+                f"the first error was at {first['id']!r}: {first['error']}"
+            )
+        return {
+            "name": BENCHMARKS.name_of(self._benchmark),
+            "samples": len(answered),
+            "images": len({sample.image_id for sample in answered}),
+            "categories": dict(Counter(sample.category for sample in answered)),
+            "errors": len(self._by_id) - len(answered),
+            "failed": list({failure["id"]: failure for failure in failed}.values()),
+        }
+
+    def measured(self, methods: Mapping[str, Method]) -> tuple[dict[str, Any], dict[str, int | None]]:
+        """Time to first token and peak memory of every method, measured now."""
+        answered, pairs = self.answered(methods), self._settings.timing_pairs
+        if not pairs or not answered:
+            return {}, {}
+        runner = self._runner
+        # One question an image: as many different pictures as there are.
+        timed = list({sample.image_id: sample for sample in reversed(answered)}.values())[::-1][:pairs]
+        prompts = [runner.inputs([sample]) for sample in timed]
+        by_prompt: dict[str, ReducerForPrompt] = {
+            key: partial(_reducer_at, None if key == UNREDUCED else method.reducer_for, [sample.id for sample in timed])
+            for key, method in methods.items()
+        }
+        runner.progress.start("timing", pairs)
+        try:
+            times = first_token_times(self._model, by_prompt, prompts, pairs, runner.progress.advance)
+        finally:
+            runner.progress.finish()
+        runner.prompts.forget()
+        batch = answered[: self._settings.batch_size]
+        inputs = runner.inputs(batch)
+        memory: dict[str, int | None] = {}
+        for key, method in methods.items():
+            first, *others = (None if key == UNREDUCED else method.reducer_for(sample.id) for sample in batch)
+            # A random baseline whose counts differ by sample does not run as one batch, so it has no comparable peak.
+            if all(other == first for other in others):
+                with attached(self._model, first):
+                    memory[key] = peak_memory(self._model.device, partial(runner.generate, inputs))
+        return {key: asdict(value) for key, value in times.items()}, memory
+
+    def _single(self, reducer: TokenReducer, phase: str) -> Method:
+        run = self._run(reducer, REDUCERS.name_of(reducer), phase, self._identity(reducer))
+        return Method(REDUCERS.name_of(reducer), reducer.knobs(), [run], lambda _: reducer)
+
+    def _random(self, reduced: Run) -> Method | None:
+        """Random selection of as many tokens of each sample as the reducer kept, once a seed; None if it kept all."""
+        counts = {record.id: _share(record) for record in reduced.records.values() if record.error is None}
+        kept = set(counts.values())
+        if not kept or kept == {None}:
+            return None
+        seeds = range(self._settings.random_seeds if kept - {None, 0} else 1)
+        plans = [_Matched(counts, seed) for seed in seeds]
+        runs = []
+        for seed, plan in zip(seeds, plans, strict=True):
+            phase = f"random {seed + 1} of {len(seeds)}" if len(seeds) > 1 else "random"
+            same = plan.same()
+            name = REDUCERS.name_of(same or create("random"))
+            random = self._identity(create("random", seed=seed))["reducer"]
+            # Which counts were matched is told by the run that they came from: it stays true when a limit is raised.
+            described = {**random, "knobs": {**random["knobs"], "keep": f"as in {reduced.hash}"}}
+            runs.append(self._run(plan, name, phase, self._identity(same or described)))
+        knobs = {"keep": next(iter(kept)) if len(kept) == 1 else "as the reducer", "seeds": len(seeds)}
+        return Method("random", knobs, runs, plans[0])
+
+    def _run(self, reducer: TokenReducer | ReducerFor, name: str, phase: str, identity: Mapping[str, Any]) -> Run:
+        digest = content_hash(identity)
+        folder = self._settings.output / f"{name}-{digest}"
+        records = self._runner.run(reducer, folder, phase)
+        run = Run(folder, digest, identity, {record.id: record for record in records})
+        if not (folder / "config.yaml").exists():
+            _write_config(run)
+        return run
+
+    def _identity(self, reducer: TokenReducer | Mapping[str, Any]) -> dict[str, Any]:
+        return run_identity(
+            self._model,
+            self._processor,
+            self._benchmark,
+            reducer,
+            batch_size=self._settings.batch_size,
+            max_new_tokens=self._settings.max_new_tokens,
+            prompt=self._settings.prompt,
+        )
+
+
+class _Matched:
+    """For each sample the random reducer that keeps its share (see :func:`_share`)."""
+
+    def __init__(self, shares: Mapping[str, int | float | None], seed: int) -> None:
+        self._shares = shares
+        self._reducers: dict[int | float | None, TokenReducer] = {
+            share: _random_reducer(share, seed) for share in set(shares.values())
+        }
+
+    def __call__(self, sample: str) -> TokenReducer:
+        # A sample that the reducer failed at is in no comparison; nothing has to be matched there.
+        return self._reducers[self._shares[sample]] if sample in self._shares else create("none")
+
+    def same(self) -> TokenReducer | None:
+        """The reducer of all samples, where it is one."""
+        return next(iter(self._reducers.values())) if len(self._reducers) == 1 else None
+
+
+def _random_reducer(share: int | float | None, seed: int) -> TokenReducer:
+    if share is None:
+        return create("none")
+    return create("random", keep=share, seed=seed) if share else create("no_image")
+
+
+def _share(record: Record) -> int | float | None:
+    """What random selection has to keep of a sample: a count an image, or a ratio where images differ; None is all."""
+    total, kept = record.visual_tokens or 0, record.entering or 0
+    if kept >= total:
+        return None
+    if len(record.images) <= 1 or not kept:
+        return kept
+    each, rest = divmod(kept, len(record.images))
+    return each if not rest and len({image.grid for image in record.images}) == 1 else kept / total
+
+
+def _reducer_at(reducer_for: ReducerFor | None, ids: Sequence[str], place: int) -> TokenReducer | None:
+    return None if reducer_for is None else reducer_for(ids[place])
+
+
+def _write_config(run: Run, extra: Mapping[str, Any] | None = None) -> None:
+    content = {"hash": run.hash, "identity": json.loads(json.dumps(run.identity, default=str)), **(extra or {})}
+    write_atomically(run.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(content)))
+
+
+def _row(
+    key: str,
+    methods: Mapping[str, Method],
+    answered: Sequence[Sample],
+    times: dict[str, Any] | None,
+    memory: int | None,
+) -> dict[str, Any]:
+    """One method's figures, over the samples that every method answered."""
+    method, base = methods[key], methods[UNREDUCED]
+    ids = [sample.id for sample in answered]
+    images = [sample.image_id for sample in answered]
+    scores = method.mean(ids, _score)
+    unreduced = base.runs[0].records
+    agreement = method.mean(ids, lambda record: record.answer == unreduced[record.id].answer)
+    totals = {field: sum(method.mean(ids, partial(_number, field))) for field in _COSTS}
+    whole = {field: sum(base.mean(ids, partial(_number, field))) for field in _COSTS}
+    counts = [_number("entering", run.records[each]) for run in method.runs for each in ids]
+    per_sample = {field: total / len(ids) for field, total in totals.items()}
+    return {
+        "name": method.name,
+        "knobs": dict(method.knobs),
+        "runs": [run.folder.name for run in method.runs],
+        "errors": sum(record.error is not None for run in method.runs for record in run.records.values()),
+        "score": _plain(statistics.score(scores, images)),
+        "difference_to_unreduced": None if key == UNREDUCED else _difference(method, base, ids, images),
+        "difference_to_random": _difference(method, methods[RANDOM], ids, images)
+        if key == REDUCER and RANDOM in methods
+        else None,
+        "categories": {
+            category: _category(method, base, [sample for sample in answered if sample.category == category], key)
+            for category in dict.fromkeys(sample.category for sample in answered)
+        },
+        "seed_scores": [sum(_score(run.records[each]) for each in ids) / len(ids) for run in method.runs],
+        "agreement": sum(agreement) / len(ids),
+        "changed": len(ids) - sum(agreement),
+        "visual_tokens": {
+            "total": per_sample["visual_tokens"],
+            "kept": per_sample["entering"],
+            "fewest": min(counts),
+            "most": max(counts),
+            "layer_mean": per_sample["layer_mean"],
+        },
+        "prefill_flops": {
+            "llm": per_sample["llm_flops"],
+            "vision": per_sample["vision_flops"],
+            "llm_ratio": totals["llm_flops"] / whole["llm_flops"],
+            "total_ratio": (totals["llm_flops"] + totals["vision_flops"])
+            / (whole["llm_flops"] + whole["vision_flops"]),
+        },
+        "kv_bytes": per_sample["kv_bytes"],
+        "time_to_first_token": times,
+        "peak_memory": memory,
+    }
+
+
+_COSTS = ("visual_tokens", "entering", "layer_mean", "llm_flops", "vision_flops", "kv_bytes")
+
+
+def _category(method: Method, base: Method, samples: Sequence[Sample], key: str) -> dict[str, Any]:
+    ids, images = [sample.id for sample in samples], [sample.image_id for sample in samples]
+    return {
+        "samples": len(ids),
+        "score": _plain(statistics.score(method.mean(ids, _score), images)),
+        "difference_to_unreduced": None if key == UNREDUCED else _difference(method, base, ids, images),
+    }
+
+
+def _difference(method: Method, other: Method, ids: Sequence[str], images: Sequence[str]) -> dict[str, Any] | None:
+    return _plain(statistics.difference(method.mean(ids, _score), other.mean(ids, _score), images))
+
+
+def _plain(estimate: Estimate | None) -> dict[str, Any] | None:
+    return None if estimate is None else asdict(estimate)
+
+
+def _score(record: Record) -> float:
+    return _number("score", record)
+
+
+def _number(field: str, record: Record) -> float:
+    value = getattr(record, field)
+    if value is None:
+        raise ValueError(
+            f"the record of {record.id!r} has no {field}, though it has no error either: delete its run's folder"
+        )
+    return float(value)

@@ -1,0 +1,252 @@
+"""The loop: a benchmark's samples through a model with a reducer, one record each.
+
+Batches are fixed by the samples' positions, so that a run that was stopped and goes on, or one whose limit was
+raised, has the very batches, and hence the answers, of one that was never stopped.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tokenreduce.attach import SampleReduction
+from tokenreduce.benchmarks.benchmark import Benchmark, Sample
+from tokenreduce.budget import Cost, prefill_cost
+from tokenreduce.evaluation.clock import attached
+from tokenreduce.evaluation.progress import Progress, Silent
+from tokenreduce.evaluation.prompts import PLACE, Prompts
+from tokenreduce.evaluation.records import ImageRecord, Record, RecordFile, StepRecord, in_order, storage
+from tokenreduce.reducer import TokenReducer
+
+ReducerFor = Callable[[str], TokenReducer]
+"""The reducer of each sample, by its id."""
+
+HOPELESS = 8
+"""After this many samples that all failed in the model with one and the same message, the run itself is at fault."""
+
+
+def evaluate(
+    model: PreTrainedModel,
+    processor: Any,
+    benchmark: Benchmark,
+    reducer: TokenReducer | ReducerFor,
+    *,
+    folder: Path | str,
+    batch_size: int = 32,
+    limit: int | None = None,
+    max_new_tokens: int = 16,
+    prompt: str = PLACE,
+    progress: Progress | None = None,
+) -> list[Record]:
+    """Answer the first ``limit`` samples, or all of them, and return their records in order.
+
+    What the folder already holds is not done again, so it must be this very run's
+    (:mod:`tokenreduce.evaluation.identity`); jobs that share a folder wait for each other. A sample that cannot be
+    read or answered becomes a record with its error. Raises ``StorageError`` when the folder cannot be written, and
+    the model's own error when the first samples all fail in it alike.
+    """
+    runner = Runner(
+        model,
+        processor,
+        benchmark,
+        batch_size=batch_size,
+        limit=limit,
+        max_new_tokens=max_new_tokens,
+        prompt=prompt,
+        progress=progress,
+    )
+    return runner.run(reducer, Path(folder))
+
+
+class Runner:
+    """Runs that share a model and the questions it is asked; see :func:`evaluate`."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: Any,
+        benchmark: Benchmark,
+        *,
+        batch_size: int = 32,
+        limit: int | None = None,
+        max_new_tokens: int = 16,
+        prompt: str = PLACE,
+        progress: Progress | None = None,
+    ) -> None:
+        for name, value in (("batch_size", batch_size), ("limit", limit), ("max_new_tokens", max_new_tokens)):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}={value} is not a whole number above 0")
+        if not len(benchmark):
+            raise ValueError(f"the benchmark {type(benchmark).__name__} has no samples")
+        self.model = model
+        self.prompts = Prompts(processor, benchmark, prompt)
+        self.batch_size = batch_size
+        self.max_new_tokens = max_new_tokens
+        self.total = min(len(benchmark), limit or len(benchmark))
+        self.progress = progress or Silent()
+        self._available = len(benchmark)
+
+    def samples(self) -> list[Sample]:
+        """The samples of the run. Raises ``ValueError`` where two have the same id."""
+        samples = self.prompts.samples(0, self.total)
+        (most, times), *_ = Counter(sample.id for sample in samples).most_common(1)
+        if times > 1:
+            raise ValueError(f"{times} samples have the id {most!r}: ids must be unique, records are kept by them")
+        return samples
+
+    def run(self, reducer: TokenReducer | ReducerFor, folder: Path, phase: str = "samples") -> list[Record]:
+        """The records of one run; see :func:`evaluate`."""
+        reducer_for = (lambda _: reducer) if isinstance(reducer, TokenReducer) else reducer
+        ids = [sample.id for sample in self.samples()]
+        with locked(folder, self.progress), RecordFile(folder) as file:
+            self.progress.start(phase, self.total, sum(each in file.records for each in ids))
+            try:
+                self._answer_missing(ids, reducer_for, file)
+            finally:
+                self.progress.finish()
+            return in_order(file.records, ids)
+
+    def _answer_missing(self, ids: Sequence[str], reducer_for: ReducerFor, file: RecordFile) -> None:
+        # Failures wait until something has succeeded: a run that cannot work at all shall leave no records.
+        held: list[tuple[Record, Exception | None]] = []
+        working = bool(file.records)
+        for start in range(0, self.total, self.batch_size):
+            wanted = set(ids[start : start + self.batch_size])
+            if wanted <= file.records.keys():
+                continue
+            # A limit that cuts a batch cuts its records, not the batch: neighbours can change an answer's last digits.
+            batch = self.prompts.samples(start, min(start + self.batch_size, self._available))
+            held += [pair for pair in self._batch(batch, reducer_for) if pair[0].id in wanted]
+            working = working or any(record.error is None for record, _ in held)
+            if not working:
+                _raise_if_hopeless(held)
+                continue
+            self.progress.advance(len(file.append(record for record, _ in held)))
+            held.clear()
+        if held:
+            _raise_if_hopeless(held, finished=True)
+            self.progress.advance(len(file.append(record for record, _ in held)))
+
+    def _batch(self, samples: Sequence[Sample], reducer_for: ReducerFor) -> list[tuple[Record, Exception | None]]:
+        """A record for each sample, with the model's exception where that is what went wrong."""
+        done: dict[str, tuple[Record, Exception | None]] = {}
+        groups: list[tuple[TokenReducer, list[Sample]]] = []
+        for sample in samples:
+            try:
+                self.prompts.images(sample)
+            except Exception as error:  # a benchmark may raise anything for an unreadable image
+                done[sample.id] = _failure(sample, f"image cannot be read: {_described(error)}"), None
+            else:
+                reducer = reducer_for(sample.id)
+                for known, members in groups:
+                    if known == reducer:
+                        members.append(sample)
+                        break
+                else:
+                    groups.append((reducer, [sample]))
+        for reducer, members in groups:
+            done.update((pair[0].id, pair) for pair in self._generate(members, reducer))
+        return [done[sample.id] for sample in samples]
+
+    def _generate(self, samples: Sequence[Sample], reducer: TokenReducer) -> list[tuple[Record, Exception | None]]:
+        try:
+            return [(record, None) for record in self._answered(samples, reducer)]
+        except Exception as error:  # one bad sample must not end a long run
+            if len(samples) == 1:
+                return [(_failure(samples[0], _described(error)), error)]
+        return [pair for sample in samples for pair in self._generate([sample], reducer)]
+
+    def _answered(self, samples: Sequence[Sample], reducer: TokenReducer) -> list[Record]:
+        inputs = self.inputs(samples)
+        started = time.perf_counter()
+        with attached(self.model, reducer) as reduction:
+            tokens = self.generate(inputs)
+            reductions: list[SampleReduction] = list(reduction.samples)
+        answers = self.prompts.answers(tokens[:, inputs["input_ids"].shape[1] :])
+        seconds = (time.perf_counter() - started) / len(samples)
+        costs = prefill_cost(self.model, reductions)
+        scores = [self.prompts.score(answer, sample) for answer, sample in zip(answers, samples, strict=True)]
+        return [_record(*parts, seconds) for parts in zip(samples, answers, scores, reductions, costs, strict=True)]
+
+    def inputs(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        """One batch on the model's device, in its precision."""
+        return {
+            name: tensor.to(self.model.device, self.model.dtype if tensor.is_floating_point() else None)
+            for name, tensor in self.prompts.inputs(samples).items()
+        }
+
+    @torch.inference_mode()
+    def generate(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Prompts and greedy answers, as token ids."""
+        generate: Callable[..., Tensor] = self.model.generate  # type: ignore[assignment]  # which comes from a mixin
+        return generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
+
+
+@contextmanager
+def locked(folder: Path, progress: Progress) -> Iterator[None]:
+    """Hold the folder, which is made if need be, against other jobs; a killed job's lock is free again."""
+    with storage(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            progress.note(f"waiting for another job that is working on {folder}")
+            lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _record(
+    sample: Sample, answer: str, score: float, reduction: SampleReduction, cost: Cost, seconds: float
+) -> Record:
+    return Record(
+        id=sample.id,
+        image_id=sample.image_id,
+        category=sample.category,
+        question=sample.question,
+        expected=sample.answers,
+        answer=answer,
+        score=score,
+        visual_tokens=reduction.visual_tokens,
+        entering=reduction.entering,
+        lengths=reduction.lengths,
+        images=tuple(
+            ImageRecord(
+                (image.grid.time, image.grid.height, image.grid.width),
+                tuple(StepRecord(step.site, step.index, step.source, step.merged) for step in image.steps),
+            )
+            for image in reduction.images
+        ),
+        layer_mean=cost.layer_mean,
+        vision_flops=cost.vision_flops,
+        llm_flops=cost.llm_flops,
+        kv_bytes=cost.kv_bytes,
+        seconds=round(seconds, 6),
+    )
+
+
+def _failure(sample: Sample, error: str) -> Record:
+    return Record(sample.id, sample.image_id, sample.category, sample.question, sample.answers, error=error)
+
+
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _raise_if_hopeless(held: Sequence[tuple[Record, Exception | None]], finished: bool = False) -> None:
+    """Raise the model's error if it is all that there is, and always the same."""
+    errors = [error for _, error in held if error is not None]
+    if errors and (len(errors) >= HOPELESS or finished) and len({_described(error) for error in errors}) == 1:
+        raise errors[0]
