@@ -27,7 +27,7 @@ PLUGINS: dict[str, Registry[Any]] = {"reducer": REDUCERS, "benchmark": BENCHMARK
 """The configuration groups whose nodes are made from plugins."""
 RUN_SETTINGS: dict[str, dict[str, Any]] = {
     "reducer": {},
-    "benchmark": {"limit": None, "prompt": "{question}"},
+    "benchmark": {"limit": None, "prompt": "{question}", "max_new_tokens": 16},
 }
 """What every node of a group has beside its plugin's own knobs."""
 
@@ -42,7 +42,8 @@ def register_plugins() -> None:
             except OmegaConfBaseException as error:
                 summary = str(error).splitlines()[0]
                 warnings.warn(
-                    f"{group} {name!r} of {registry.origin(name)} cannot be used on the command line: {summary}", stacklevel=2
+                    f"{group} {name!r} of {registry.origin(name)} cannot be used on the command line: {summary}",
+                    stacklevel=2,
                 )
 
 
@@ -130,7 +131,11 @@ def _check_setting(override: Override, choices: dict[str, list[str]]) -> None:
             if part not in node:
                 known = [str(name) for name in node if name != "name"]
                 if place in PLUGINS:
-                    plus = "" if override.type is OverrideType.CHANGE else " (Hydra's '+' is not needed: every knob is there)"
+                    plus = (
+                        ""
+                        if override.type is OverrideType.CHANGE
+                        else " (Hydra's '+' is not needed: every knob is there)"
+                    )
                     raise ValueError(f"{place} {node.name!r} has no knob {part!r}: {nearest(part, known)}{plus}")
                 raise ValueError(f"unknown setting {key!r}: {nearest(part, known)}")
             place = f"{place}.{part}" if place else part

@@ -1,0 +1,184 @@
+"""Pictures of what a reducer kept: the image with dropped tokens faded, merged ones in the colour of their group."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from PIL import Image, ImageOps
+
+from tokenreduce.benchmarks.benchmark import Benchmark, Sample
+from tokenreduce.evaluation.records import ImageRecord, Record
+
+KEPT_TOKENS = "figures/kept_tokens.png"
+"""Where in a run's folder the picture stands."""
+
+_PIXELS = 480
+_COLUMNS = 3
+_RIGHT, _WRONG, _INK, _FAINT = "#1a7f37", "#c0392b", "#1f2328", "#8c959f"
+_PAPER = 245
+
+Pixels = npt.NDArray[np.float64]
+
+
+def draw_kept_tokens(
+    benchmark: Benchmark,
+    reduced: Sequence[Record],
+    unreduced: Sequence[Record],
+    path: Path,
+    *,
+    title: str,
+    count: int = 6,
+    padded: bool = False,
+) -> bool:
+    """Draw ``count`` images with what was kept of them, the question and both answers; false where there is nothing to draw.
+
+    Images are the benchmark's first ones, and every category gets its turn: none is chosen for its look. ``padded`` tells
+    that the model sees pictures squared by padding and not cropped.
+    """
+    shown = _examples(benchmark, reduced, count)
+    if not shown:
+        return False
+    before = {record.id: record for record in unreduced}
+    columns = min(_COLUMNS, len(shown))
+    rows = -(-len(shown) // columns)
+    figure = Figure(figsize=(3.7 * columns, 4.75 * rows + 0.6), dpi=150, facecolor="white", layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)  # type: ignore[union-attr]
+    figure.suptitle(title, fontsize=13, fontweight="bold", color=_INK)
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for panel, (record, image) in zip(panels, shown, strict=False):
+        _draw(panel, record, before.get(record.id), image, padded)
+    for panel in list(panels)[len(shown) :]:
+        panel.set_axis_off()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return True
+
+
+def faded(image: Image.Image, record: ImageRecord) -> Pixels:
+    """``(height, width, 3)`` in [0, 1]: the image with dropped tokens faded to paper and merged groups tinted."""
+    _, rows, columns = record.grid
+    pixels = np.asarray(image.convert("RGB").resize((_PIXELS, _PIXELS), Image.Resampling.LANCZOS), dtype=float)
+    kept, groups = kept_and_groups(record)
+    grey = pixels.mean(axis=-1, keepdims=True)
+    dropped = 0.16 * pixels + 0.12 * grey + 0.72 * _PAPER
+    mask = _enlarged(kept.reshape(rows, columns), pixels.shape)
+    result = np.where(mask[..., None], pixels, dropped)
+    if groups is not None:
+        tints = colormaps["tab20"](groups % 20)[:, :3].reshape(rows, columns, 3) * 255
+        tint = np.stack([_enlarged(tints[..., channel], pixels.shape) for channel in range(3)], axis=-1)
+        result = np.where(mask[..., None], 0.68 * result + 0.32 * tint, result)
+    return np.clip(result / 255, 0, 1)
+
+
+def kept_and_groups(record: ImageRecord) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64] | None]:
+    """For every token of the first frame whether anything of it is left, and which row it went into where rows are merged."""
+    _, rows, columns = record.grid
+    if not record.steps:
+        return np.ones(rows * columns, dtype=bool), None
+    source = np.asarray(record.steps[-1].source[: rows * columns], dtype=np.int64)
+    kept = source >= 0
+    merged = len(np.unique(source[kept])) < kept.sum()
+    return kept, source if merged else None
+
+
+def _examples(benchmark: Benchmark, records: Sequence[Record], count: int) -> list[tuple[Record, Image.Image]]:
+    """One answered sample of each of the first images, going through the categories in turn."""
+    by_image: dict[str, dict[str, Record]] = {}
+    for record in records:
+        if record.error is None and record.images:
+            by_image.setdefault(record.image_id, {}).setdefault(record.category, record)
+    order = list(dict.fromkeys(category for each in by_image.values() for category in each))
+    shown: list[tuple[Record, Image.Image]] = []
+    for choices in by_image.values():
+        if len(shown) == count:
+            break
+        wanted = order[len(shown) % len(order)]
+        record = choices.get(wanted) or next(iter(choices.values()))
+        shown.append((record, benchmark.images(_sample(record))[0]))
+    return shown
+
+
+def _sample(record: Record) -> Sample:
+    return Sample(record.id, record.question, record.expected, record.category, record.image_id)
+
+
+def _draw(panel: Axes, record: Record, before: Record | None, image: Image.Image, padded: bool) -> None:
+    layout = record.images[0]
+    _, rows, columns = layout.grid
+    panel.imshow(faded(_as_seen(image, rows, columns, padded), layout), extent=(0, columns, rows, 0), aspect="equal")
+    _outline(panel, layout)
+    panel.set_xlim(-0.06, columns + 0.06)
+    panel.set_ylim(rows + 0.06, -0.06)
+    panel.set_aspect(rows / columns if rows != columns else "equal")
+    panel.set_axis_off()
+    question = textwrap.fill(record.question, 36, max_lines=3, placeholder=" …")
+    panel.set_title(question, fontsize=11, fontweight="bold", color=_INK, pad=8)
+    kept = f"{record.entering} of {record.visual_tokens} tokens kept"
+    lines: list[tuple[str, str, str]] = [("reduced", *_verdict(record))]
+    if before is not None and before.error is None:
+        lines.insert(0, ("unreduced", *_verdict(before)))
+    top = -0.045
+    panel.text(0.5, top, kept, transform=panel.transAxes, ha="center", va="top", fontsize=8.5, color=_FAINT)
+    for number, (name, answer, color) in enumerate(lines, 1):
+        place = top - 0.072 * number
+        panel.text(0.48, place, name, transform=panel.transAxes, ha="right", va="top", fontsize=9.5, color=_FAINT)
+        panel.text(
+            0.52,
+            place,
+            answer,
+            transform=panel.transAxes,
+            ha="left",
+            va="top",
+            fontsize=9.5,
+            color=color,
+            fontweight="bold",
+        )
+
+
+def _verdict(record: Record) -> tuple[str, str]:
+    """The answer as it is shown, and its colour."""
+    answer = textwrap.shorten(record.answer or "(nothing)", 24, placeholder=" …")
+    right = (record.score or 0) >= 0.5
+    return f"{answer} {'✓' if right else '✗'}", _RIGHT if right else _WRONG
+
+
+def _outline(panel: Axes, layout: ImageRecord) -> None:
+    """A line wherever what is kept, or what is merged with what, changes; faint cells inside."""
+    _, rows, columns = layout.grid
+    kept, groups = kept_and_groups(layout)
+    values = np.where(kept, 0 if groups is None else groups, -1).reshape(rows, columns)
+    across = [(x, y) for y in range(rows) for x in range(1, columns) if values[y, x] != values[y, x - 1]]
+    down = [(x, y) for y in range(1, rows) for x in range(columns) if values[y, x] != values[y - 1, x]]
+    if rows * columns <= 1024:
+        for y, x in zip(*np.nonzero(kept.reshape(rows, columns)), strict=True):
+            panel.add_patch(Rectangle((x, y), 1, 1, fill=False, linewidth=0.35, edgecolor=(1, 1, 1, 0.4)))
+    if 0 < kept.sum() < len(kept) or groups is not None:
+        style: Mapping[str, float | str] = {"colors": _INK, "linewidth": 0.9}
+        panel.vlines([x for x, _ in across], [y for _, y in across], [y + 1 for _, y in across], **style)  # type: ignore[arg-type]
+        panel.hlines([y for _, y in down], [x for x, _ in down], [x + 1 for x, _ in down], **style)  # type: ignore[arg-type]
+    panel.add_patch(Rectangle((0, 0), columns, rows, fill=False, linewidth=0.9, edgecolor=_FAINT))
+
+
+def _as_seen(image: Image.Image, rows: int, columns: int, padded: bool) -> Image.Image:
+    """The part of an image that the grid of tokens lies over."""
+    image = image.convert("RGB")
+    if padded:
+        return ImageOps.pad(image, (max(image.size),) * 2, color=(122, 116, 104))
+    width = min(image.width, round(image.height * columns / rows))
+    height = min(image.height, round(image.width * rows / columns))
+    return ImageOps.fit(image, (width, height))
+
+
+def _enlarged(cells: npt.NDArray[np.generic], shape: tuple[int, ...]) -> npt.NDArray[np.generic]:
+    """Cell values spread over pixels."""
+    rows = np.arange(shape[0]) * cells.shape[0] // shape[0]
+    columns = np.arange(shape[1]) * cells.shape[1] // shape[1]
+    return cells[rows[:, None], columns[None, :]]

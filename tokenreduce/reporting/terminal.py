@@ -1,0 +1,60 @@
+"""Progress of a run: bars at a terminal, plain lines anywhere else."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+
+
+class TerminalProgress:
+    """The phases of an evaluation, one under the other. Use it as a context manager, so that the terminal is given back."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bars = Bars(
+            TextColumn("{task.description:<24}"),
+            BarColumn(bar_width=36),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("[dim]left"),
+            TimeRemainingColumn(),
+            TextColumn("[dim]{task.fields[remark]}"),
+            console=console,
+        )
+        self._task: TaskID | None = None
+        self._phase, self._total, self._done, self._started = "", 0, 0, 0.0
+
+    def __enter__(self) -> TerminalProgress:
+        if self._console.is_terminal:
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def start(self, phase: str, total: int, done: int = 0) -> None:
+        self._phase, self._total, self._done, self._started = phase, total, done, time.monotonic()
+        remark = f"{done} from an earlier run" if done else ""
+        if self._console.is_terminal:
+            self._task = self._bars.add_task(phase, total=total, completed=done, remark=remark)
+        else:
+            self._console.print(f"{phase}: {total}" + (f", {remark}" if remark else ""), highlight=False)
+
+    def advance(self, count: int = 1) -> None:
+        self._done += count
+        if self._task is not None:
+            self._bars.advance(self._task, count)
+
+    def finish(self) -> None:
+        if self._task is not None:
+            self._bars.stop_task(self._task)
+            self._task = None
+        elif not self._console.is_terminal:
+            seconds = time.monotonic() - self._started
+            self._console.print(f"{self._phase}: {self._done} of {self._total} done, {seconds:.1f} s", highlight=False)
+
+    def note(self, message: str) -> None:
+        self._console.print(message, highlight=False)
