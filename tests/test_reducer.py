@@ -1,0 +1,109 @@
+"""Counts, grids, layers and ties: what every reducer builds on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tokenreduce import create
+from tokenreduce.reducer import Grid, VisualTokens, best, layer_index, tokens_to_keep
+from tokenreduce.reducer import Span as TokenSpan
+
+
+@pytest.mark.parametrize(
+    ("keep", "total", "rounding", "expected"),
+    [
+        (0.25, 576, "floor", 144),
+        (0.002, 576, "floor", 1),
+        (0.001, 576, "floor", 1),
+        (1.0, 7, "floor", 7),
+        (0.5, 9, "floor", 4),
+        (0.5, 9, "round", 5),
+        (0.5, 9, "ceil", 5),
+        (0.29, 100, "floor", 29),  # 0.29 * 100 is 28.999999999999996
+        (0.07, 100, "ceil", 7),  # 0.07 * 100 is 7.000000000000001
+        (144, 144, "floor", 144),
+        (1, 144, "floor", 1),
+    ],
+)
+def test_keep_means_a_count(keep: float, total: int, rounding: str, expected: int) -> None:
+    assert tokens_to_keep(keep, total, rounding) == expected  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("keep", [0, -1, 0.0, -0.5, 1.5, 144.0, float("nan")])
+def test_a_keep_that_means_nothing_is_refused(keep: float) -> None:
+    with pytest.raises(ValueError, match=f"keep={keep}"):
+        create("random", keep=keep)
+
+
+def test_a_count_given_as_a_float_is_explained() -> None:
+    with pytest.raises(ValueError, match="for a number of tokens write 144"):
+        create("random", keep=144.0)
+
+
+def test_more_tokens_than_there_are_is_refused() -> None:
+    with pytest.raises(ValueError, match="keep=145 is more than the 144"):
+        tokens_to_keep(145, 144)
+
+
+@pytest.mark.parametrize("value", [True, "0.25", None])
+def test_keep_must_be_a_number(value: object) -> None:
+    with pytest.raises(ValueError, match="keep="):
+        create("random", keep=value)
+
+
+def test_ties_go_to_the_token_that_comes_first() -> None:
+    assert best(torch.tensor([0.5, 0.5, 0.5, 0.1, 0.5]), 2).tolist() == [0, 1]
+    assert best(torch.zeros(2000), 3).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("count", range(1, 40))
+@pytest.mark.parametrize("grid", [Grid(6, 6), Grid(4, 9), Grid(9, 4)])
+def test_a_fitted_grid_fits(grid: Grid, count: int) -> None:
+    fitted = grid.fit(count)
+    assert len(fitted) <= min(count, len(grid))
+    assert fitted.height <= grid.height
+    assert fitted.width <= grid.width
+    assert grid.fit(len(fitted)) == fitted
+
+
+def test_a_fitted_grid_is_full_where_it_can_be() -> None:
+    assert Grid(24, 24).fit(144) == Grid(12, 12)
+    assert Grid(24, 24).fit(576) == Grid(24, 24)
+    assert len(Grid(12, 12).fit(72)) == 72
+
+
+def test_cells_partition_the_grid() -> None:
+    fine, coarse = Grid(7, 5), Grid(3, 2)
+    centres, cell = fine.cells(coarse)
+    assert sorted(cell.unique().tolist()) == list(range(6))
+    assert cell[centres].tolist() == list(range(6))
+
+
+@pytest.mark.parametrize(
+    ("layer", "depth", "index"), [(0, 24, 0), (-2, 24, 22), (0.0625, 32, 2), (0.5, 5, 3), (0.99, 6, 5)]
+)
+def test_layers_are_absolute_negative_or_a_fraction(layer: float, depth: int, index: int) -> None:
+    assert layer_index(layer, depth) == index
+
+
+@pytest.mark.parametrize("layer", [24, -25, 1.0, -0.5])
+def test_a_layer_that_does_not_exist_is_refused(layer: float) -> None:
+    with pytest.raises(ValueError, match=f"layer={layer}"):
+        layer_index(layer, 24)
+
+
+def test_randomness_comes_from_the_seed_and_the_picture() -> None:
+    def draw(seed: int, picture: int) -> list[int]:
+        tokens = VisualTokens(torch.zeros(9, 1), TokenSpan((Grid(3, 3),), 9, 9), 4, fingerprint=lambda: picture)
+        return torch.randperm(9, generator=tokens.generator(seed)).tolist()
+
+    assert draw(0, 1) == draw(0, 1)
+    assert draw(0, 1) != draw(1, 1)
+    assert draw(0, 1) != draw(0, 2)
+
+
+def test_an_undeclared_signal_is_refused() -> None:
+    tokens = VisualTokens(torch.zeros(9, 1), TokenSpan((Grid(3, 3),), 9, 9), 4)
+    with pytest.raises(KeyError, match="list it in the step's `sees`"):
+        tokens["anything"]

@@ -1,0 +1,95 @@
+"""Shortening a prompt to the placeholders of the visual tokens that stay, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A batch of prompts with some columns taken out.
+
+    full:      ``(rows, length)`` long, the caller's token ids.
+    full_mask: ``(rows, length)``, the caller's mask: 0 at padding.
+    columns:   ``(rows, shorter)`` long, the caller's column that each remaining column was; 0 at padding.
+    mask:      ``(rows, shorter)``, in the caller's dtype: 0 at padding.
+    pad:       the token id to write at padding.
+    """
+
+    full: Tensor
+    full_mask: Tensor
+    columns: Tensor
+    mask: Tensor
+    pad: int
+
+    @property
+    def removed(self) -> int:
+        """By how many columns the batch became narrower."""
+        return self.full.shape[1] - self.columns.shape[1]
+
+    @property
+    def lengths(self) -> list[int]:
+        """The tokens of every row that the language model sees."""
+        return self.mask.long().sum(-1).tolist()
+
+    @property
+    def input_ids(self) -> Tensor:
+        return self.gather(self.full).masked_fill(self.mask == 0, self.pad)
+
+    def gather(self, values: Tensor) -> Tensor:
+        """What ``values`` of shape ``(..., rows, length)`` or ``(1, length)`` hold at the remaining columns."""
+        values = values.expand(*values.shape[:-2], *self.full.shape)
+        return values.gather(-1, self.columns.expand(*values.shape[:-2], *self.columns.shape))
+
+    def restore(self, sequences: Tensor) -> Tensor:
+        """Put the caller's prompt back before what was generated; ``sequences`` may hold several rows for each
+        prompt."""
+        prompt = self.full.repeat_interleave(len(sequences) // len(self.full), dim=0).to(sequences.device)
+        return torch.cat([prompt, sequences[:, self.columns.shape[1] :]], dim=1)
+
+    def extended(self, more: Tensor, mask: Tensor | None) -> Prompt:
+        """This prompt with the columns ``more`` (rows, n) behind it, none of them taken out; ``mask`` is the
+        caller's whole one."""
+        rows, added = more.shape
+        length = self.full.shape[1]
+        tail = self.mask.new_ones(rows, added) if mask is None else mask[:, -added:].to(self.mask.dtype)
+        columns = torch.arange(length, length + added, device=self.columns.device).expand(rows, added)
+        return Prompt(
+            torch.cat([self.full, more], dim=1),
+            torch.cat([self.full_mask, tail], dim=1),
+            torch.cat([self.columns, columns], dim=1),
+            torch.cat([self.mask, tail], dim=1),
+            self.pad,
+        )
+
+
+def shorten(
+    input_ids: Tensor, attention_mask: Tensor | None, placeholder: int, kept: Sequence[Tensor], pad: int
+) -> Prompt:
+    """Keep all text and, in row ``i``, the placeholders at the places ``kept[i]`` ``(k,)``, in that order.
+
+    Padding goes to the side that the caller padded; rows are as wide as the longest one needs.
+    """
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    rows = []
+    for ids, valid, places in zip(input_ids, mask, kept, strict=True):
+        visual = (ids == placeholder) & (valid != 0)
+        chosen = visual.nonzero()[:, 0][places.to(ids.device)]
+        stays = (valid != 0) & ~visual
+        stays[chosen] = True
+        columns = stays.nonzero()[:, 0]
+        columns[visual[columns]] = chosen
+        rows.append(columns)
+    width = max(len(columns) for columns in rows)
+    left = bool((mask[:, 0] == 0).any())
+    packed = input_ids.new_zeros(len(rows), width)
+    packed_mask = mask.new_zeros(len(rows), width)
+    for row, columns in enumerate(rows):
+        place = slice(width - len(columns), None) if left else slice(len(columns))
+        packed[row, place] = columns
+        packed_mask[row, place] = 1
+    return Prompt(input_ids, mask, packed, packed_mask, pad)

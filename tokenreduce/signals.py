@@ -1,0 +1,84 @@
+"""What a reducer may ask to see, and the views that it is handed.
+
+A signal is a small frozen dataclass that a step lists in ``sees``; ``tokens[signal]`` gives its value. Nothing is
+computed before that, and no full attention map is ever held for all heads at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokenreduce.reducer import Layer
+
+Rows = int | slice | Tensor
+"""Places in a sequence: one index, a slice, or a long tensor of indices."""
+
+
+@dataclass(frozen=True)
+class EncoderAttention:
+    """Self-attention of one layer of the vision encoder, as an :class:`Attention`. ``-2`` is LLaVA's feature layer."""
+
+    layer: Layer = -2
+
+
+@dataclass(frozen=True)
+class EncoderHidden:
+    """The patches' hidden states after one layer of the vision encoder: ``(tokens, dim)``."""
+
+    layer: Layer = -2
+
+
+@dataclass(frozen=True)
+class Attention:
+    """A view on one attention layer for one sequence; probabilities are computed for the rows that are asked for, in
+    float32.
+
+    queries: ``(heads, queries, head_dim)``
+    keys:    ``(key_heads, keys, head_dim)``; fewer heads than queries under grouped-query attention
+    values:  ``(key_heads, keys, head_dim)``
+    scale:   what the dot products are multiplied by
+    mask:    ``(queries, keys)``, added to the scaled dot products when floating point, allowed places when bool; or
+    None
+    visual:  where the visual tokens stand in the sequence of keys (a class token or text may stand before them)
+    class_token: the class token's place, or None where the encoder has none
+    """
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    scale: float
+    visual: slice
+    class_token: int | None = None
+    mask: Tensor | None = None
+
+    def scores(self, queries: Rows) -> Tensor:
+        """Scaled and masked dot products before the softmax: ``(heads, rows, keys)``."""
+        return torch.cat([self._scores(head, queries) for head in range(self.queries.shape[0])])
+
+    def rows(self, queries: Rows) -> Tensor:
+        """Attention probabilities of some queries over the whole sequence: ``(heads, rows, keys)``."""
+        return self.scores(queries).softmax(-1)
+
+    def mean(self, queries: Rows | None = None, keys: Rows | None = None) -> Tensor:
+        """Attention probabilities averaged over heads: ``(queries, keys)``, by default among the visual tokens.
+
+        The softmax always runs over the whole sequence; heads are added one after the other.
+        """
+        queries, keys = self.visual if queries is None else queries, self.visual if keys is None else keys
+        total = self._scores(0, queries)[0].softmax(-1)[:, keys]
+        for head in range(1, self.queries.shape[0]):
+            total = total + self._scores(head, queries)[0].softmax(-1)[:, keys]
+        return total / self.queries.shape[0]
+
+    def _scores(self, head: int, queries: Rows) -> Tensor:
+        """One head's logits in float32: ``(1, rows, keys)``."""
+        queries = slice(queries, queries + 1 or None) if isinstance(queries, int) else queries
+        groups = self.queries.shape[0] // self.keys.shape[0]
+        logits = (self.queries[head][queries].float() * self.scale) @ self.keys[head // groups].float().T
+        if self.mask is not None:
+            rows = self.mask[queries]
+            logits = logits.masked_fill(~rows, -torch.inf) if rows.dtype == torch.bool else logits + rows
+        return logits[None]
