@@ -159,7 +159,7 @@ def test_rank_and_row_agree_on_a_quarter_of_llava() -> None:
     ],
 )
 def test_rank_counts(keep: float, rounding: str, expected: int) -> None:
-    assert count(FoPruRank(keep, rounding=rounding), Grid(24, 24)) == expected  # type: ignore[arg-type]
+    assert count(FoPruRank(keep, rounding=rounding), Grid(24, 24)) == expected
 
 
 @pytest.mark.parametrize(

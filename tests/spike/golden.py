@@ -1,0 +1,148 @@
+"""Reading the golden vectors, and showing stored tensors to a reducer as the signals that it asks for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tokenreduce.reducer import Geometry, Grid, Selection, Span, Step, TokenReducer, VisualTokens
+from tokenreduce.signals import Rows
+
+from .sites import DecoderView, Merged, TokenSizes
+
+FOLDER = Path(__file__).parents[1] / "golden"
+TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One case of a vector file."""
+
+    settings: dict[str, Any]
+    given: dict[str, Tensor]
+    expected: dict[str, Tensor]
+
+
+def cases(method: str) -> list[Any]:
+    """Every case of ``method``, as parameters of a test."""
+    tensors = load_file(FOLDER / f"{method}.safetensors")
+    found = []
+    for entry in json.loads((FOLDER / f"{method}.json").read_text())["cases"]:
+        parts = {
+            side: {
+                name.split("/")[2]: tensor
+                for name, tensor in tensors.items()
+                if name.startswith(f"{entry['name']}/{side}/")
+            }
+            for side in ("in", "out")
+        }
+        found.append(pytest.param(Case(entry["hyperparameters"], parts["in"], parts["out"]), id=entry["name"]))
+    assert found
+    return found
+
+
+@dataclass(frozen=True)
+class Stored(DecoderView):
+    """A view on probabilities ``(heads, rows, keys)`` computed elsewhere, which need not belong to the keys."""
+
+    probabilities: Tensor = field(default_factory=lambda: torch.empty(0), kw_only=True)
+
+    def rows(self, queries: Rows) -> Tensor:
+        return self.probabilities[:, [queries] if isinstance(queries, int) else queries]
+
+    def mean(self, queries: Rows | None = None, keys: Rows | None = None) -> Tensor:
+        rows = self.rows(self.visual if queries is None else queries)
+        return rows.mean(dim=0)[:, self.visual if keys is None else keys]
+
+
+def stored(
+    probabilities: Tensor,
+    visual: slice,
+    *,
+    class_token: int | None = None,
+    keys: Tensor | None = None,
+    values: Tensor | None = None,
+    text: tuple[int, int] = (0, 0),
+) -> Stored:
+    nothing = torch.empty(0)
+    return Stored(
+        nothing,
+        nothing if keys is None else keys,
+        nothing if values is None else values,
+        1.0,
+        visual,
+        class_token,
+        text=torch.arange(*text),
+        probabilities=probabilities,
+    )
+
+
+def show(
+    reducer: TokenReducer,
+    step: Step,
+    features: Tensor,
+    signals: dict[Hashable, Any],
+    *,
+    index: Tensor | None = None,
+    entered: int | None = None,
+    carried: Any = None,
+) -> Selection:
+    """Run one step of a reducer, holding it to what it declared and promised."""
+    entered = len(features) if entered is None else entered
+    span = Span((Grid(1, entered),), entered, len(features))
+
+    def look(signal: Hashable) -> Any:
+        assert signal in step.sees, f"{signal} was not declared"
+        return signals[signal]
+
+    keep = reducer.count(step, span)
+    tokens = VisualTokens(features, span, keep, index=index, signals=look, carried=carried)
+    selection = reducer.select(step, tokens)
+    assert keep is None or len(selection.index) == keep
+    if selection.features is not None:
+        assert selection.features.shape == (len(selection.index), features.shape[-1])
+    assert len(selection.sources(len(features))) == len(features)
+    return selection
+
+
+@dataclass
+class Walk:
+    """What a whole run left: ``index`` (k,) among the tokens that entered, and ``counts`` after every step."""
+
+    features: Tensor
+    index: Tensor
+    counts: list[int]
+
+
+def walk(
+    reducer: TokenReducer,
+    geometry: Geometry,
+    features: Tensor,
+    signals: Callable[[Step, Tensor], dict[Hashable, Any]],
+    transform: Callable[[Step, Tensor], Tensor] = lambda step, features: features,
+) -> Walk:
+    """Run all steps as an attachment would; ``signals`` makes a step's signals from the current features."""
+    index, carried, sizes = torch.arange(len(features)), None, torch.ones(len(features))
+    entered, counts = len(features), []
+    for step in reducer.steps(geometry):
+        features = transform(step, features)
+        available = {TokenSizes(): sizes, **signals(step, features)}
+        selection = show(reducer, step, features, available, index=index, entered=entered, carried=carried)
+        index, sizes, carried = index[selection.index], sizes[selection.index], selection.carry
+        if isinstance(selection, Merged) and selection.size is not None:
+            sizes = selection.size
+        features = features[selection.index] if selection.features is None else selection.features
+        counts.append(len(features))
+    return Walk(features, index, counts)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
