@@ -82,7 +82,7 @@ def test_a_broken_plugin_costs_one_warning(monkeypatch: pytest.MonkeyPatch, valu
         warnings.simplefilter("error")
         assert list(reducers.usable()) == ["random"]
         assert reducers.names() == ["random"]
-        with pytest.raises(ValueError, match="'bad' of their-package 9.9 cannot be used"):
+        with pytest.raises(ValueError, match=r"'bad' of their-package 9\.9 cannot be used"):
             reducers.get("bad")
     assert reason in reducers.broken()["bad"]
 

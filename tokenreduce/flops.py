@@ -1,9 +1,8 @@
 """FLOPs of transformer layers. A FLOP is one multiplication or one addition.
 
-Attention in a decoder is counted ``causal`` (the triangle that must be computed) unless the square is asked for
-(what a kernel
-without causal skipping computes, and what most papers count); in a vision encoder it is always square. Norms, activations, rotary
-embeddings and the softmax are left out, as everywhere in the field.
+Attention in a decoder is counted ``causal`` (the triangle that must be computed) unless the square is asked for (what a
+kernel without causal skipping computes, and what most papers count); in a vision encoder it is always square. Norms,
+activations, rotary embeddings and the softmax are left out, as everywhere in the field.
 """
 
 from __future__ import annotations

@@ -268,14 +268,7 @@ def layer_index(layer: Layer, depth: int) -> int:
     index = min(depth - 1, math.floor(layer * depth + 0.5)) if isinstance(layer, float) else layer % depth
     if not (0 <= layer < 1 if isinstance(layer, float) else -depth <= layer < depth):
         raise ValueError(
-            f"layer={layer} does not exist in a stack of {depth}: give 0..{depth - 1}, a negative
-            index or
-          
-            a fraction
-         
-        
-          below 1.0"
-      
+            f"layer={layer} does not exist in a stack of {depth}: give 0..{depth - 1}, a negative index or a fraction"
         )
     return index
 

@@ -14,18 +14,19 @@ from transformers import (
     DynamicCache,
     GenerationConfig,
     LlavaConfig,
-    LlavaForConditionalGeneration,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
     LogitsProcessor,
     StoppingCriteria,
+)
+from transformers import (
+    LlavaForConditionalGeneration as Model,
 )
 from transformers.generation.streamers import BaseStreamer
 
 from tokenreduce import create, reduce_tokens
 from tokenreduce.testing import Identity, prompts, tiny_llava
 
-Model = LlavaForConditionalGeneration
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 5}
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration as Model
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tokenreduce import create, reduce_tokens
@@ -15,8 +15,6 @@ from tokenreduce.attach import taps
 from tokenreduce.models.llava import Llava
 from tokenreduce.signals import Attention
 from tokenreduce.testing import prompts, tiny_llava
-
-Model = LlavaForConditionalGeneration
 
 
 @pytest.mark.parametrize("tower", ["clip", "siglip"])

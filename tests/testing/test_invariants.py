@@ -23,7 +23,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", params=MODELS, ids=MODELS)
+@pytest.fixture(scope="module", params=list(MODELS))
 def model(request: pytest.FixtureRequest) -> LlavaForConditionalGeneration:
     return tiny_llava(**MODELS[request.param])
 

@@ -127,7 +127,7 @@ class Attachment:
         if self._generating.get():
             return original(**inputs)
         self._refuse_hidden_tokens(inputs)
-        cache = inputs.get("past_key_values")
+        cache: Any = inputs.get("past_key_values")
         if self._reduces(inputs):
             self._refuse_what_forward_cannot_do(inputs)
             prompt, inputs = self._shortened(inputs, padding_counts=True)

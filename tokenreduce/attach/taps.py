@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -43,7 +43,7 @@ _originals: dict[str, Callable[..., Any]] = {}
 @contextmanager
 def installed(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Let the attention ``modules`` be captured within; contexts may nest and end in any order, in any thread."""
-    kernels = {module.config._attn_implementation for module in modules}
+    kernels: set[str] = {cast(Any, module).config._attn_implementation for module in modules}
     with _lock:
         for kernel in kernels:
             if not _users[kernel]:

@@ -29,15 +29,8 @@ class Llava(ModelFamily):
             raise ValueError(f"a LLaVA model with a {vision!r} tower is not supported: only CLIP and SigLIP towers are")
         if self.geometry.class_token != (config.vision_feature_select_strategy == "default"):
             raise ValueError(
-                f"vision_feature_select_strategy={config.vision_feature_select_strategy!r} with a
-                {vision!r}
-               
-                tower is
-               
-                not
-                " "supported: its visual tokens would not form the patch grid"
-          
-          
+                f"vision_feature_select_strategy={config.vision_feature_select_strategy!r} with a {vision!r} tower is "
+                "not supported: its visual tokens would not form the patch grid"
             )
 
     @property
