@@ -32,6 +32,7 @@ from tokenreduce.registry import BENCHMARKS, REDUCERS, create
 
 METRICS = "metrics.json"
 METRICS_SCHEMA = 1
+CONFIG = "config.yaml"
 
 UNREDUCED, REDUCER, RANDOM = "unreduced", "reducer", "random"
 """The methods of a comparison, as ``metrics["methods"]`` names them."""
@@ -114,7 +115,7 @@ def compare(
         "settings": {name: value for name, value in asdict(settings).items() if name != "output"},
     }
     if config is not None:
-        _write_config(main, {"config": dict(config)})
+        _write_config(main.folder, main.hash, main.identity, {"config": dict(config)})
     write_atomically(main.folder / METRICS, json.dumps(metrics, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     return main.folder, metrics
 
@@ -237,27 +238,25 @@ class _Comparison:
         if not kept or kept == {None}:
             return None
         seeds = range(self._settings.random_seeds if kept - {None, 0} else 1)
-        plans = [_Matched(counts, seed) for seed in seeds]
+        matched = [_Matched(counts, seed) for seed in seeds]
         runs = []
-        for seed, plan in zip(seeds, plans, strict=True):
+        for seed, plan in zip(seeds, matched, strict=True):
             phase = f"random {seed + 1} of {len(seeds)}" if len(seeds) > 1 else "random"
-            same = plan.same()
+            same = plan.same
             name = REDUCERS.name_of(same or create("random"))
             random = self._identity(create("random", seed=seed))["reducer"]
             # Which counts were matched is told by the run that they came from: it stays true when a limit is raised.
             described = {**random, "knobs": {**random["knobs"], "keep": f"as in {reduced.hash}"}}
             runs.append(self._run(plan, name, phase, self._identity(same or described)))
         knobs = {"keep": next(iter(kept)) if len(kept) == 1 else "as the reducer", "seeds": len(seeds)}
-        return Method("random", knobs, runs, plans[0])
+        return Method("random", knobs, runs, matched[0])
 
     def _run(self, reducer: TokenReducer | ReducerFor, name: str, phase: str, identity: Mapping[str, Any]) -> Run:
         digest = content_hash(identity)
         folder = self._settings.output / f"{name}-{digest}"
+        _write_config(folder, digest, identity, overwrite=False)
         records = self._runner.run(reducer, folder, phase)
-        run = Run(folder, digest, identity, {record.id: record for record in records})
-        if not (folder / "config.yaml").exists():
-            _write_config(run)
-        return run
+        return Run(folder, digest, identity, {record.id: record for record in records})
 
     def _identity(self, reducer: TokenReducer | Mapping[str, Any]) -> dict[str, Any]:
         return run_identity(
@@ -281,9 +280,11 @@ class _Matched:
         }
 
     def __call__(self, sample: str) -> TokenReducer:
-        # A sample that the reducer failed at is in no comparison; nothing has to be matched there.
-        return self._reducers[self._shares[sample]] if sample in self._shares else create("none")
+        if self.same or sample not in self._shares:  # one that the reducer failed at: it is in no comparison
+            return self.same or create("none")
+        return self._reducers[self._shares[sample]]
 
+    @property
     def same(self) -> TokenReducer | None:
         """The reducer of all samples, where it is one."""
         return next(iter(self._reducers.values())) if len(self._reducers) == 1 else None
@@ -310,9 +311,15 @@ def _reducer_at(reducer_for: ReducerFor | None, ids: Sequence[str], place: int) 
     return None if reducer_for is None else reducer_for(ids[place])
 
 
-def _write_config(run: Run, extra: Mapping[str, Any] | None = None) -> None:
-    content = {"hash": run.hash, "identity": json.loads(json.dumps(run.identity, default=str)), **(extra or {})}
-    write_atomically(run.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(content)))
+def _write_config(
+    folder: Path, digest: str, identity: Mapping[str, Any], extra: Mapping[str, Any] | None = None, overwrite: bool = True
+) -> None:
+    path = folder / CONFIG
+    with storage(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    if overwrite or not path.exists():
+        content = {"hash": digest, "identity": json.loads(json.dumps(identity, default=str)), **(extra or {})}
+        write_atomically(path, OmegaConf.to_yaml(OmegaConf.create(content)))
 
 
 def _row(

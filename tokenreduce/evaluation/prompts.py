@@ -32,6 +32,7 @@ class Prompts:
         self._template = template
         self._samples: dict[int, Sample] = {}
         self._image: tuple[str, list[Image.Image]] | None = None
+        self._unreadable: dict[str, Exception | None] = {}
         self._inputs: dict[tuple[str, ...], dict[str, Tensor]] = {}
         self._room = CACHED_BYTES
 
@@ -52,6 +53,17 @@ class Prompts:
                 image.load()  # Pillow opens lazily: a damaged file shows only now
             self._image = sample.image_id, images
         return self._image[1]
+
+    def unreadable(self, sample: Sample) -> Exception | None:
+        """Why the sample's images cannot be loaded, if so; tried once."""
+        if sample.id not in self._unreadable:
+            try:
+                self.images(sample)
+            except Exception as error:  # a benchmark may raise anything for a damaged file
+                self._unreadable[sample.id] = error.with_traceback(None)
+            else:
+                self._unreadable[sample.id] = None
+        return self._unreadable[sample.id]
 
     def inputs(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
         """What the processor makes of these samples as one batch."""

@@ -141,9 +141,7 @@ class Runner:
         done: dict[str, tuple[Record, Exception | None]] = {}
         groups: list[tuple[TokenReducer, list[Sample]]] = []
         for sample in samples:
-            try:
-                self.prompts.images(sample)
-            except Exception as error:  # a benchmark may raise anything for an unreadable image
+            if error := self.prompts.unreadable(sample):
                 done[sample.id] = _failure(sample, f"image cannot be read: {_described(error)}"), None
             else:
                 reducer = reducer_for(sample.id)

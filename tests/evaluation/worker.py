@@ -1,0 +1,211 @@
+"""Runs that are killed, interrupted or started twice: real processes, forked from one that has imported everything.
+
+``python worker.py FOLDER`` prints what happened as JSON; test_continuation.py says what should have.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import Cards, make_model, make_processor  # type: ignore[import-not-found]
+
+from tokenreduce import create
+from tokenreduce.evaluation import Silent, StorageError, evaluate, read_records, records
+
+KILLS = 20
+FORK = multiprocessing.get_context("fork")
+MODEL = make_model()
+PROCESSOR = make_processor(MODEL)
+
+
+class Batches(Silent):
+    """Counts what was answered in this process."""
+
+    def __init__(self) -> None:
+        self.done = 0
+        self.waited = False
+
+    def advance(self, count: int = 1) -> None:
+        self.done += count
+
+    def note(self, message: str) -> None:
+        self.waited = True
+
+
+def run(folder: Path, progress: Silent | None = None) -> None:
+    evaluate(
+        MODEL,
+        PROCESSOR,
+        Cards(count=24, broken=(5,)),
+        create("random", keep=9),
+        folder=folder,
+        batch_size=4,
+        max_new_tokens=3,
+        progress=progress,
+    )
+
+
+def fork(work: Callable[[], int]) -> int:
+    """Process id of a child that does ``work`` and exits with what it returns."""
+    if child := os.fork():
+        return child
+    code = 1
+    try:
+        code = work()
+    finally:
+        os._exit(code)
+
+
+def status(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def die_after(written: int) -> None:
+    """Kill this process with -9 as soon as that many bytes of records were written, wherever in a line that is."""
+
+    class Mortal(records.FileIO):  # type: ignore[name-defined,misc]
+        left = written
+
+        def write(self, data: bytes) -> int:
+            part = bytes(data)[: Mortal.left]
+            count = super().write(part)
+            Mortal.left -= count
+            if not Mortal.left:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return count
+
+    records.FileIO = Mortal  # type: ignore[attr-defined]
+
+
+def killed(folder: Path) -> dict[str, Any]:
+    """Twenty runs that die at random moments, most of them inside a line, and one that lives."""
+    moments = random.Random(0)
+    size = 24 * 700
+    deaths, torn = 0, 0
+    for number in range(KILLS):
+
+        def work(number: int = number) -> int:
+            if number % 4:
+                die_after(moments.randrange(1, size // 8))
+            run(folder)
+            return 0
+
+        moments.random()  # the child's copy of the generator is not the parent's
+        child = fork(work)
+        if not number % 4:
+            time.sleep(moments.uniform(0, 0.25))
+            os.kill(child, signal.SIGKILL)
+        deaths += status(child) == -signal.SIGKILL
+        path = folder / records.RECORDS
+        content = path.read_bytes() if path.exists() else b""
+        torn += bool(content) and not content.endswith(b"\n")
+        if len(read_records(folder)) > 18:  # nearly done: lose the second half, as a worse disk would
+            path.write_bytes(content[: len(content) // 2])
+    return {"deaths": deaths, "torn": torn, "end": status(fork(lambda: (run(folder), 0)[1]))}
+
+
+def interrupted(folder: Path) -> dict[str, Any]:
+    """Ctrl-C in the middle, then the same command again."""
+
+    class Slow(Batches):
+        def advance(self, count: int = 1) -> None:
+            super().advance(count)
+            if self.done >= 8:
+                (folder / "half").touch()
+                time.sleep(60)
+
+    def work() -> int:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            run(folder, Slow())
+        except KeyboardInterrupt:
+            return 130
+        return 0
+
+    child = fork(work)
+    while not (folder / "half").exists():
+        time.sleep(0.01)
+    os.kill(child, signal.SIGINT)
+    code = status(child)
+    content = (folder / records.RECORDS).read_bytes()
+    run(folder)
+    return {"code": code, "lines": content.count(b"\n"), "whole": content.endswith(b"\n")}
+
+
+def doubled(folder: Path) -> dict[str, Any]:
+    """The same run started twice at the same time."""
+
+    class Patient(Batches):
+        """Goes on only when the other job has been told to wait, so that they do meet."""
+
+        def advance(self, count: int = 1) -> None:
+            super().advance(count)
+            while not (folder / "waiting").exists():
+                time.sleep(0.01)
+
+        def note(self, message: str) -> None:
+            super().note(message)
+            (folder / "waiting").touch()
+
+    def work(results: Any) -> None:
+        progress = Patient()
+        run(folder, progress)
+        results.put((progress.done, progress.waited))
+
+    results = FORK.Queue()
+    jobs = [FORK.Process(target=work, args=(results,)) for _ in range(2)]
+    for job in jobs:
+        job.start()
+    found = sorted(results.get(timeout=60) for _ in jobs)
+    for job in jobs:
+        job.join()
+    return {"answered": [done for done, _ in found], "waited": [waited for _, waited in found]}
+
+
+def full(folder: Path) -> dict[str, Any]:
+    """A file that the operating system does not let grow beyond 5000 bytes, then the same command again."""
+
+    def work() -> int:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+        try:
+            run(folder)
+        except StorageError as error:
+            (folder / "message").write_text(str(error), encoding="utf-8")
+            return 7
+        return 0
+
+    code = status(fork(work))
+    kept = len(read_records(folder))
+    run(folder)
+    return {"code": code, "kept": kept, "message": (folder / "message").read_text(encoding="utf-8")}
+
+
+def main(root: Path) -> None:
+    torch.set_num_threads(1)
+    run(root / "calm")  # first: what is loaded on first use is then there in all forks
+    found: dict[str, Any] = {}
+    for scenario in (killed, interrupted, doubled, full):
+        folder = root / scenario.__name__
+        folder.mkdir()
+        found[scenario.__name__] = scenario(folder)
+    for name in ("calm", *found):
+        lines = [asdict(record) | {"seconds": None} for record in read_records(root / name)]
+        found.setdefault(name, {})["records"] = lines
+        found[name]["written"] = (root / name / records.RECORDS).read_bytes().count(b"\n")
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
