@@ -178,13 +178,6 @@ def test_a_streamer_in_another_thread(llava: Model) -> None:
     assert torch.equal(torch.cat([part.flatten() for part in parts if part is not None]), expected[0])
 
 
-def test_prefill_in_chunks(llava: Model, batch: dict[str, Tensor]) -> None:
-    with reduce_tokens(llava, "fopru_rank"):
-        expected = llava.generate(**batch, **GREEDY)
-        chunked = llava.generate(**batch, **GREEDY, prefill_chunk_size=5)
-    assert torch.equal(chunked, expected)
-
-
 def test_text_alone_passes_through(llava: Model) -> None:
     inputs = prompts(llava, [0, 0])
     with reduce_tokens(llava, "fopru_rank"):
@@ -224,6 +217,7 @@ def test_two_models_in_contexts_that_end_in_any_order() -> None:
         (lambda model, inputs: model(**inputs, labels=inputs["input_ids"]), "labels"),
         (lambda model, inputs: model(**inputs, logits_to_keep=torch.tensor([0])), "logits_to_keep"),
         (lambda model, inputs: model.generate(inputs_embeds=torch.zeros(1, 4, 64)), "inputs_embeds"),
+        (lambda model, inputs: model.generate(**inputs, prefill_chunk_size=5), "prefill_chunk_size"),
         (lambda model, inputs: model.generate(**inputs, mm_encoder_outputs={}), "mm_encoder_outputs"),
         (
             lambda model, inputs: model.generate(inputs["input_ids"][:, 5:], pixel_values=inputs["pixel_values"]),

@@ -17,6 +17,10 @@ def translated(inputs: dict[str, Any], prompt: Prompt, defaults: GenerationConfi
     """The arguments of ``generate`` with total lengths lowered, and with callbacks that still see the caller's own
     prompt."""
     result = dict(inputs)
+    if _setting("prefill_chunk_size", inputs, defaults):
+        raise ValueError(
+            "prefill_chunk_size cuts through the visual tokens, which only some transformers versions get right"
+        )
     for name, instead in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
         value = _setting(name, inputs, defaults)
         if value and _setting(instead, inputs, defaults) is None:
