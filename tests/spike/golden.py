@@ -19,7 +19,6 @@ from tokenreduce.signals import Rows
 from .sites import DecoderView, Merged, TokenSizes
 
 FOLDER = Path(__file__).parents[1] / "golden"
-TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
 
 
 @dataclass(frozen=True)
@@ -127,13 +126,11 @@ def walk(
     geometry: Geometry,
     features: Tensor,
     signals: Callable[[Step, Tensor], dict[Hashable, Any]],
-    transform: Callable[[Step, Tensor], Tensor] = lambda step, features: features,
 ) -> Walk:
     """Run all steps as an attachment would; ``signals`` makes a step's signals from the current features."""
     index, carried, sizes = torch.arange(len(features)), None, torch.ones(len(features))
     entered, counts = len(features), []
     for step in reducer.steps(geometry):
-        features = transform(step, features)
         available = {TokenSizes(): sizes, **signals(step, features)}
         selection = show(reducer, step, features, available, index=index, entered=entered, carried=carried)
         index, sizes, carried = index[selection.index], sizes[selection.index], selection.carry
@@ -142,6 +139,11 @@ def walk(
         features = features[selection.index] if selection.features is None else selection.features
         counts.append(len(features))
     return Walk(features, index, counts)
+
+
+def assert_equal_floats(found: Tensor, expected: Tensor) -> None:
+    """Equality to the tolerance of the vectors."""
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
