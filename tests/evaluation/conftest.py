@@ -17,6 +17,8 @@ from tokenreduce.benchmarks.benchmark import Benchmark, Sample
 from tokenreduce.testing.models import tiny_llava
 from tokenreduce.testing.processors import tiny_processor
 
+collect_ignore = ["worker.py"]  # a program that tests start
+
 WORDS = ("what", "is", "in", "the", "picture", "top", "left", "color")
 
 

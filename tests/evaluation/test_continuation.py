@@ -1,4 +1,4 @@
-"""Whatever ends a run (kill -9 in mid-line, Ctrl-C, a full disk), the next one makes of it the records of a calm run."""
+"""Whatever ends a run (kill -9 in mid-line, Ctrl-C, a full disk), the next one makes it the same as a calm run."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import stat
+from io import FileIO
 from pathlib import Path
 
 import pytest
@@ -105,10 +106,10 @@ def test_a_line_that_is_no_record_is_named(tmp_path: Path, line: str) -> None:
 def test_a_full_disk_is_named_and_costs_nothing_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tokenreduce.evaluation import records
 
-    class AlmostFull(records.FileIO):
+    class AlmostFull(FileIO):
         room = 3000
 
-        def write(self, data: bytes) -> int:  # type: ignore[override]
+        def write(self, data: bytes) -> int:
             if not AlmostFull.room:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             part = bytes(data)[: AlmostFull.room]

@@ -15,6 +15,8 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,11 @@ def run(folder: Path, progress: Silent | None = None) -> None:
     )
 
 
+def answer(folder: Path) -> int:
+    run(folder)
+    return 0
+
+
 def fork(work: Callable[[], int]) -> int:
     """Process id of a child that does ``work`` and exits with what it returns."""
     if child := os.fork():
@@ -75,7 +82,7 @@ def status(child: int) -> int:
 def die_after(written: int) -> None:
     """Kill this process with -9 as soon as that many bytes of records were written, wherever in a line that is."""
 
-    class Mortal(records.FileIO):  # type: ignore[name-defined,misc]
+    class Mortal(FileIO):
         left = written
 
         def write(self, data: bytes) -> int:
@@ -99,8 +106,7 @@ def killed(folder: Path) -> dict[str, Any]:
         def work(number: int = number) -> int:
             if number % 4:
                 die_after(moments.randrange(1, size // 8))
-            run(folder)
-            return 0
+            return answer(folder)
 
         moments.random()  # the child's copy of the generator is not the parent's
         child = fork(work)
@@ -113,7 +119,7 @@ def killed(folder: Path) -> dict[str, Any]:
         torn += bool(content) and not content.endswith(b"\n")
         if len(read_records(folder)) > 18:  # nearly done: lose the second half, as a worse disk would
             path.write_bytes(content[: len(content) // 2])
-    return {"deaths": deaths, "torn": torn, "end": status(fork(lambda: (run(folder), 0)[1]))}
+    return {"deaths": deaths, "torn": torn, "end": status(fork(partial(answer, folder)))}
 
 
 def interrupted(folder: Path) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def first_token_times(
 
 
 def _seconds(model: PreTrainedModel, inputs: Mapping[str, Any]) -> float:
-    generate: Callable[..., object] = model.generate  # type: ignore[assignment]  # which comes from a mixin
+    generate: Callable[..., object] = model.generate
     synchronise(model.device)
     start = time.perf_counter()
     generate(**inputs, max_new_tokens=1, min_new_tokens=1, do_sample=False)

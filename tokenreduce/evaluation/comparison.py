@@ -312,13 +312,17 @@ def _reducer_at(reducer_for: ReducerFor | None, ids: Sequence[str], place: int) 
 
 
 def _write_config(
-    folder: Path, digest: str, identity: Mapping[str, Any], extra: Mapping[str, Any] | None = None, overwrite: bool = True
+    folder: Path,
+    digest: str,
+    identity: Mapping[str, Any],
+    extra: Mapping[str, Any] | None = None,
+    overwrite: bool = True,
 ) -> None:
     path = folder / CONFIG
     with storage(folder):
         folder.mkdir(parents=True, exist_ok=True)
     if overwrite or not path.exists():
-        content = {"hash": digest, "identity": json.loads(json.dumps(identity, default=str)), **(extra or {})}
+        content = {"hash": digest, "identity": dict(identity), **(extra or {})}
         write_atomically(path, OmegaConf.to_yaml(OmegaConf.create(content)))
 
 

@@ -51,7 +51,7 @@ def run_identity(
 
     ``reducer`` is an instance, or a description where different samples get different ones.
     """
-    return {
+    identity = {
         "reducer": reducer_identity(reducer) if isinstance(reducer, TokenReducer) else dict(reducer),
         "model": model_identity(model),
         "processor": processor_identity(processor),
@@ -62,11 +62,13 @@ def run_identity(
         "versions": {name: _version(name) for name in _LIBRARIES},
         "core": _core_digest(),
     }
+    plain: dict[str, Any] = json.loads(json.dumps(identity, default=str))
+    return plain
 
 
 def content_hash(identity: Mapping[str, Any]) -> str:
     """Twelve hexadecimal digits that stand for an identity."""
-    text = json.dumps(identity, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
+    text = json.dumps(identity, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

@@ -185,7 +185,7 @@ class Runner:
     @torch.inference_mode()
     def generate(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Prompts and greedy answers, as token ids."""
-        generate: Callable[..., Tensor] = self.model.generate  # type: ignore[assignment]  # which comes from a mixin
+        generate: Callable[..., Tensor] = self.model.generate
         return generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
 
 

@@ -1,0 +1,217 @@
+"""The whole comparison, as a caller runs it: methods side by side on the same samples, each answered once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from tokenreduce import create
+from tokenreduce.evaluation import Settings, Silent, StorageError, compare, read_metrics, read_records, statistics
+from tokenreduce.reducer import AtProjector, Geometry, Selection, Span, Step, TokenReducer, VisualTokens, best
+
+Compare = Callable[..., tuple[Path, dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Loud(TokenReducer):
+    """Adaptive: keep the tokens whose norm is above a threshold, possibly none."""
+
+    threshold: float = 1.0
+
+    def steps(self, geometry: Geometry) -> Sequence[Step]:
+        return [AtProjector()]
+
+    def count(self, step: Step, span: Span) -> None:
+        return None
+
+    def select(self, step: Step, tokens: VisualTokens) -> Selection:
+        norms = tokens.features.norm(dim=-1)
+        return Selection(best(norms, int((norms > self.threshold * norms.mean()).sum())))
+
+
+class Answered(Silent):
+    """Counts the answers that were made, not found."""
+
+    def __init__(self) -> None:
+        self.phase = ""
+        self.made: dict[str, int] = {}
+
+    def start(self, phase: str, total: int, done: int = 0) -> None:
+        self.phase = phase
+        self.made.setdefault(phase, 0)
+
+    def advance(self, count: int = 1) -> None:
+        self.made[self.phase] += count
+
+
+@pytest.fixture
+def run(model: Any, processor: Any, cards: Any, tmp_path: Path) -> Compare:
+    def run(reducer: TokenReducer, benchmark: Any = None, **settings: Any) -> tuple[Path, dict[str, Any]]:
+        options = {key: settings.pop(key) for key in ("progress", "config") if key in settings}
+        chosen = Settings(
+            tmp_path, **{"batch_size": 4, "max_new_tokens": 2, "random_seeds": 2, "timing_pairs": 2, **settings}
+        )
+        return compare(model, processor, benchmark or cards(count=12), reducer, chosen, **options)
+
+    return run
+
+
+def test_a_comparison_says_what_a_table_needs(run: Compare, tmp_path: Path) -> None:
+    folder, metrics = run(create("random", keep=12, seed=7), config={"reducer": {"name": "random"}})
+    assert metrics == read_metrics(folder) == json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    assert folder.parent == tmp_path and folder.name == f"random-{metrics['run']['hash']}"
+    config = OmegaConf.load(folder / "config.yaml")
+    assert config.hash == metrics["run"]["hash"] and config.config.reducer.name == "random"
+    assert config.identity.reducer.knobs.keep == 12
+    assert list(metrics["methods"]) == ["unreduced", "reducer", "random"]
+    assert metrics["benchmark"]["samples"] == 12 and metrics["benchmark"]["images"] == 4
+    for name, row in metrics["methods"].items():
+        assert 0 <= row["score"]["low"] <= row["score"]["value"] <= row["score"]["high"] <= 1
+        assert row["visual_tokens"]["total"] == 36 and row["visual_tokens"]["kept"] == (
+            36 if name == "unreduced" else 12
+        )
+        assert (row["prefill_flops"]["llm_ratio"] < 0.6) == (name != "unreduced")
+        assert row["prefill_flops"]["llm_ratio"] <= row["prefill_flops"]["total_ratio"] <= 1
+        assert set(row["categories"]) == {"odd", "even"} and row["categories"]["odd"]["samples"] == 6
+        assert row["time_to_first_token"]["median"] > 0 and row["time_to_first_token"]["ratio"]["value"] > 0
+        assert row["peak_memory"] is None or row["peak_memory"] > 1 << 20
+        assert (row["difference_to_unreduced"] is None) == (name == "unreduced")
+        assert (row["difference_to_random"] is None) == (name != "reducer")
+    assert len(metrics["methods"]["random"]["runs"]) == len(metrics["methods"]["random"]["seed_scores"]) == 2
+    assert metrics["methods"]["unreduced"]["agreement"] == 1 and metrics["methods"]["unreduced"]["changed"] == 0
+
+
+def test_figures_are_those_of_the_records(run: Compare, tmp_path: Path) -> None:
+    _, metrics = run(create("uniform", keep=33), timing_pairs=0, max_new_tokens=1)
+    records = {key: [read_records(tmp_path / name) for name in row["runs"]] for key, row in metrics["methods"].items()}
+    (base,), (reduced,), seeds = records["unreduced"], records["reducer"], records["random"]
+    images = [record.image_id for record in base]
+    scores = {key: [record.score or 0 for record in each] for key, each in (("base", base), ("reduced", reduced))}
+    random = [sum(record.score or 0 for record in same) / 2 for same in zip(*seeds, strict=True)]
+    row = metrics["methods"]["reducer"]
+    against = {"difference_to_unreduced": scores["base"], "difference_to_random": random}
+    for name, other in against.items():
+        expected = statistics.difference(scores["reduced"], other, images)
+        assert expected is not None and row[name] == vars(expected)
+    same = sum(one.answer == other.answer for one, other in zip(reduced, base, strict=True))
+    assert 0 < same < 12, "the test can tell"
+    assert row["agreement"] == same / 12 and row["changed"] == 12 - same
+    assert row["time_to_first_token"] is None and row["peak_memory"] is None
+
+
+def test_nothing_is_answered_twice(run: Compare) -> None:
+    first, again, other = Answered(), Answered(), Answered()
+    run(create("uniform", keep=9), progress=first)
+    assert first.made == {"unreduced": 12, "uniform": 12, "random 1 of 2": 12, "random 2 of 2": 12, "timing": 2}
+    run(create("uniform", keep=9), progress=again)
+    assert again.made == {"unreduced": 0, "uniform": 0, "random 1 of 2": 0, "random 2 of 2": 0, "timing": 2}
+    run(create("pool", keep=9), progress=other)
+    assert other.made == {"unreduced": 0, "pool": 12, "random 1 of 2": 0, "random 2 of 2": 0, "timing": 2}
+
+
+def test_a_limit_takes_the_first_and_reuses_them(run: Compare) -> None:
+    reducer, more = create("uniform"), Answered()
+    _, part = run(reducer, limit=6, timing_pairs=0)
+    _, whole = run(reducer, timing_pairs=0, progress=more)
+    assert more.made["uniform"] == 6 and part["benchmark"]["samples"] == 6 and whole["benchmark"]["samples"] == 12
+    less = Answered()
+    assert run(reducer, limit=6, timing_pairs=0, progress=less)[1] == part
+    assert set(less.made.values()) == {0}
+
+
+def test_an_adaptive_reducer_is_matched_sample_by_sample(run: Compare, tmp_path: Path) -> None:
+    _, metrics = run(Loud())
+    counts = {record.id: record.entering or 0 for record in read_records(tmp_path / metrics["run"]["folder"])}
+    assert len(set(counts.values())) > 1, "the test can tell"
+    for name in metrics["methods"]["random"]["runs"]:
+        assert {record.id: record.entering for record in read_records(tmp_path / name)} == counts
+    kept = metrics["methods"]["random"]["visual_tokens"]
+    assert (kept["fewest"], kept["most"]) == (min(counts.values()), max(counts.values()))
+
+
+@pytest.mark.parametrize("reducer", [Loud(threshold=1e6), create("no_image")])
+def test_keeping_nothing_is_compared_with_no_image(run: Compare, reducer: TokenReducer) -> None:
+    _, metrics = run(reducer)
+    rows = metrics["methods"]
+    assert rows["reducer"]["visual_tokens"]["kept"] == rows["random"]["visual_tokens"]["kept"] == 0
+    assert [name.split("-")[0] for name in rows["random"]["runs"]] == ["no_image"], "one run: there is nothing to draw"
+    assert rows["reducer"]["difference_to_random"]["value"] == 0
+
+
+@pytest.mark.parametrize("reducer", [Loud(threshold=0.0), create("uniform", keep=1.0)])
+def test_keeping_everything_needs_no_random_baseline(run: Compare, reducer: TokenReducer) -> None:
+    _, metrics = run(reducer, timing_pairs=0)
+    assert list(metrics["methods"]) == ["unreduced", "reducer"]
+    assert metrics["methods"]["reducer"]["difference_to_unreduced"]["value"] == 0
+
+
+def test_the_unreduced_model_stands_alone(run: Compare) -> None:
+    folder, metrics = run(create("none"))
+    assert list(metrics["methods"]) == ["unreduced"] and folder.name.startswith("none-")
+
+
+def test_random_can_be_left_out(run: Compare) -> None:
+    _, metrics = run(create("uniform"), random_seeds=0, timing_pairs=0)
+    assert list(metrics["methods"]) == ["unreduced", "reducer"]
+
+
+def test_errors_count_for_nobody(run: Compare, cards: Any, tmp_path: Path) -> None:
+    _, metrics = run(create("uniform"), cards(count=12, broken=(1,)))
+    assert metrics["benchmark"]["samples"] == 9 and metrics["benchmark"]["errors"] == 3
+    assert [failure["id"] for failure in metrics["benchmark"]["failed"]] == ["card-3", "card-4", "card-5"]
+    records = read_records(tmp_path / metrics["methods"]["unreduced"]["runs"][0])
+    scores = [record.score for record in records if record.score is not None]
+    assert metrics["methods"]["unreduced"]["score"]["value"] == pytest.approx(sum(scores) / 9)
+    assert metrics["methods"]["unreduced"]["errors"] == 3
+
+
+def test_a_sample_that_one_method_failed_at_is_left_out_for_all(
+    run: Compare, cards: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @dataclass(frozen=True)
+    class Moody(Loud):
+        """Cannot do the first picture."""
+
+        def select(self, step: Step, tokens: VisualTokens) -> Selection:
+            seed = tokens.generator(0).initial_seed()
+            first.append(seed)
+            if seed == first[0]:
+                raise RuntimeError("not this one")
+            return super().select(step, tokens)
+
+    first: list[int] = []
+    _, metrics = run(Moody())
+    assert metrics["benchmark"]["samples"] == 9
+    assert {failure["error"] for failure in metrics["benchmark"]["failed"]} == {"RuntimeError: not this one"}
+    assert [metrics["methods"][name]["errors"] for name in ("unreduced", "reducer", "random")] == [0, 3, 0]
+
+
+def test_no_answers_at_all_is_an_error(run: Compare, cards: Any) -> None:
+    with pytest.raises(ValueError, match=r"none of the 6 samples was answered.*image-0.png is truncated"):
+        run(create("uniform"), cards(count=6, broken=(0, 1)))
+
+
+def test_the_tested_reducer_is_not_harmed_by_who_ran_first(run: Compare, tmp_path: Path) -> None:
+    _, one = run(create("uniform", keep=9), timing_pairs=0)
+    (tmp_path / "second").mkdir()
+    _, other = run(create("uniform", keep=9), timing_pairs=0)
+    assert one == other
+
+
+def test_missing_or_newer_metrics_are_named(run: Compare, tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"cannot read .*metrics.json: No such file"):
+        read_metrics(tmp_path)
+    (tmp_path / "metrics.json").write_text('{"schema": 99}', encoding="utf-8")
+    with pytest.raises(StorageError, match="schema 99"):
+        read_metrics(tmp_path)
+
+
+def test_negative_settings_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="timing_pairs=-1 is negative; 0 leaves it out"):
+        Settings(tmp_path, timing_pairs=-1)
