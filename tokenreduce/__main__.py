@@ -12,13 +12,17 @@ from typing import Any, cast
 
 import hydra
 import torch
+import transformers
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from tokenreduce.attach import reduce_tokens
 from tokenreduce.configuration import CONFIG_MODULE, CONFIG_NAME, check_overrides, knobs_of, register_plugins
 from tokenreduce.evaluation import Settings, compare, read_records
 from tokenreduce.evaluation.comparison import REDUCER, UNREDUCED, Metrics
+from tokenreduce.evaluation.run import Runner
 from tokenreduce.models.loading import load
+from tokenreduce.reducer import TokenReducer
 from tokenreduce.registry import BENCHMARKS, REDUCERS
 from tokenreduce.reporting.pictures import KEPT_TOKENS, draw_kept_tokens
 from tokenreduce.reporting.table import label, report
@@ -39,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _reported(statuses):  # here, and not around everything, so that the other jobs of a sweep go on
             run(config)
 
+    transformers.utils.logging.disable_progress_bar()
     entry = hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME)(job)
     with _plain_warnings(), _reported(statuses):
         register_plugins()
@@ -65,6 +70,8 @@ def run(config: DictConfig) -> None:
     settings.output.mkdir(parents=True, exist_ok=True)
     if config.runtime.threads is not None:
         torch.set_num_threads(config.runtime.threads)
+    console = Console(stderr=True)
+    console.print(f"loading   {config.model.path}", highlight=False)
     model, processor = load(
         config.model.path,
         revision=config.model.revision,
@@ -73,7 +80,8 @@ def run(config: DictConfig) -> None:
         attention=config.runtime.attention,
         do_pad=config.model.do_pad,
     )
-    with TerminalProgress(Console(stderr=True)) as progress:
+    _rehearse(Runner(model, processor, benchmark, prompt=settings.prompt), reducer)
+    with TerminalProgress(console) as progress:
         folder, metrics = compare(
             model, processor, benchmark, reducer, settings, config=_plain(config), progress=progress
         )
@@ -83,13 +91,26 @@ def run(config: DictConfig) -> None:
         reduced,
         unreduced,
         folder / KEPT_TOKENS,
+        name=config.reducer.name,
         title=_title(metrics),
         count=config.evaluation.pictures,
         padded=bool(config.model.do_pad),
     )
     show(metrics, folder)
     if place := log_run(tracking, folder, _plain(config), metrics, reduced, unreduced):
-        print(f"W&B       {place}")
+        print(f"{'W&B':<9} {place}")
+
+
+def _rehearse(runner: Runner, reducer: TokenReducer) -> None:
+    """One token of one answer: a reducer that cannot work on this model fails here, not after the baseline."""
+    for sample in runner.samples():
+        try:
+            runner.prompts.images(sample)
+        except Exception:  # an unreadable image becomes a record with its error later; any other will do here
+            continue
+        with reduce_tokens(runner.model, reducer), torch.inference_mode():
+            runner.model.generate(**runner.inputs([sample]), max_new_tokens=1, do_sample=False)
+        return
 
 
 def show(metrics: Metrics, folder: Path) -> None:

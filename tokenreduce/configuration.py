@@ -1,4 +1,4 @@
-"""What the command line accepts: Hydra's nodes for plugins, made from their dataclasses, and answers to mistyped settings."""
+"""What the command line accepts: Hydra's nodes, made from plugins' dataclasses, and answers to mistyped settings."""
 
 from __future__ import annotations
 
@@ -36,7 +36,13 @@ def register_plugins() -> None:
     """Give Hydra a node for every installed reducer and benchmark, so that ``reducer=NAME`` needs no file."""
     for group, registry in PLUGINS.items():
         for name, plugin in registry.usable().items():
-            node = {"name": name, **knob_defaults(plugin), **RUN_SETTINGS[group]}
+            knobs = knob_defaults(plugin)
+            for knob in knobs.keys() & RUN_SETTINGS[group].keys():
+                origin = registry.origin(name)
+                warnings.warn(
+                    f"{group} {name!r} of {origin}: its knob {knob!r} cannot be set on the command line", stacklevel=2
+                )
+            node = {"name": name, **knobs, **RUN_SETTINGS[group]}
             try:
                 ConfigStore.instance().store(name, OmegaConf.create(node), group, provider=registry.origin(name))
             except OmegaConfBaseException as error:
@@ -53,7 +59,7 @@ def knob_defaults(plugin: type) -> dict[str, Any]:
 
 
 def knobs_of(node: DictConfig, group: str) -> dict[str, Any]:
-    """The plugin's own knobs out of its composed node. Raises ``ValueError`` for one that is required and was not given."""
+    """The plugin's own knobs out of its composed node. Raises ``ValueError`` for a required one that was not given."""
     for name in OmegaConf.missing_keys(node):
         raise ValueError(f"{group} {node.name!r} needs a value for {name!r}: add {group}.{name}=VALUE")
     values = cast(dict[str, Any], OmegaConf.to_container(node, resolve=True))

@@ -32,9 +32,9 @@ def load(
 ) -> tuple[PreTrainedModel, Any]:
     """A model in evaluation mode and its processor.
 
-    ``path`` is a directory, a name on the Hugging Face hub, or ``"tiny"``. ``attention`` is transformers' name of an attention kernel. ``do_pad``
-    overrides whether pictures are squared by padding, as LLaVA-1.5 was trained, instead of by cropping. Raises ``ValueError`` for a
-    checkpoint, precision or device that cannot be used, saying what can.
+    ``path`` is a directory, a name on the Hugging Face hub, or ``"tiny"``; ``attention`` names a kernel as transformers
+    does; ``do_pad`` overrides whether pictures are squared by padding, as LLaVA-1.5 was trained, and not by cropping.
+    Raises ``ValueError`` for a checkpoint, precision or device that cannot be used, saying what can.
     """
     precision = _precision(dtype)
     _check_device(device)
@@ -128,7 +128,7 @@ def _padding(image_processor: Any, do_pad: bool) -> Any:
     if not isinstance(image_processor, LlavaImageProcessorPil):
         if "CLIP" not in type(image_processor).__name__:
             raise ValueError(
-                f"do_pad={do_pad} is for LLaVA-1.5; this checkpoint's pictures go through {type(image_processor).__name__}"
+                f"do_pad={do_pad} is for LLaVA-1.5, not for a {type(image_processor).__name__}: use model.do_pad=null"
             )
         settings = {name: value for name, value in image_processor.to_dict().items() if name != "image_processor_type"}
         image_processor = LlavaImageProcessorPil(**settings)

@@ -1,1 +1,4 @@
-"""What a user sees of a run: progress, tables, pictures and Weights & Biases. Made from records and metrics, never from a model."""
+"""What a user sees of a run: progress, tables, pictures, Weights & Biases.
+
+Made from records, metrics and a benchmark's images, never from a model.
+"""

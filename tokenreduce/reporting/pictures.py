@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection, PatchCollection
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 from PIL import Image, ImageOps
 
@@ -24,6 +26,8 @@ _PIXELS = 480
 _COLUMNS = 3
 _RIGHT, _WRONG, _INK, _FAINT = "#1a7f37", "#c0392b", "#1f2328", "#8c959f"
 _PAPER = 245
+_CELLS = 1024
+"""Grids up to this size are drawn with every cell's border."""
 
 Pixels = npt.NDArray[np.float64]
 
@@ -34,14 +38,15 @@ def draw_kept_tokens(
     unreduced: Sequence[Record],
     path: Path,
     *,
+    name: str,
     title: str,
     count: int = 6,
     padded: bool = False,
 ) -> bool:
-    """Draw ``count`` images with what was kept of them, the question and both answers; false where there is nothing to draw.
+    """Draw ``count`` images with what was kept, the question and the answers; false where there is nothing to draw.
 
-    Images are the benchmark's first ones, and every category gets its turn: none is chosen for its look. ``padded`` tells
-    that the model sees pictures squared by padding and not cropped.
+    Images are the benchmark's first ones, and every category gets its turn: none is chosen for its look. ``name`` is
+    the reducer's; ``padded`` tells that the model sees pictures squared by padding and not cropped.
     """
     shown = _examples(benchmark, reduced, count)
     if not shown:
@@ -49,13 +54,24 @@ def draw_kept_tokens(
     before = {record.id: record for record in unreduced}
     columns = min(_COLUMNS, len(shown))
     rows = -(-len(shown) // columns)
-    figure = Figure(figsize=(3.7 * columns, 4.75 * rows + 0.6), dpi=150, facecolor="white", layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)  # type: ignore[union-attr]
+    figure = Figure(figsize=(3.7 * columns, 4.7 * rows + 0.6), dpi=150, facecolor="white")
+    figure.set_layout_engine(ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
     figure.suptitle(title, fontsize=13, fontweight="bold", color=_INK)
-    panels = figure.subplots(rows, columns, squeeze=False).flat
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    varies = len({record.entering for record, _ in shown}) > 1
     for panel, (record, image) in zip(panels, shown, strict=False):
-        _draw(panel, record, before.get(record.id), image, padded)
-    for panel in list(panels)[len(shown) :]:
+        layout = record.images[0]
+        _draw_image(panel, _as_seen(image, layout, padded), layout)
+        question = textwrap.fill(record.question, 36, max_lines=3, placeholder=" …")
+        panel.set_title(question, fontsize=11, fontweight="bold", color=_INK, pad=8)
+        lines = [("expected", textwrap.shorten(" / ".join(record.expected), 24, placeholder=" …"), _INK)]
+        if (plain := before.get(record.id)) is not None and plain.error is None:
+            lines.append(("unreduced", *_verdict(plain)))
+        lines.append((name, *_verdict(record)))
+        if varies:
+            lines.append(("tokens kept", f"{record.entering} of {record.visual_tokens}", _INK))
+        _caption(panel, lines)
+    for panel in panels[len(shown) :]:
         panel.set_axis_off()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
@@ -74,12 +90,12 @@ def faded(image: Image.Image, record: ImageRecord) -> Pixels:
     if groups is not None:
         tints = colormaps["tab20"](groups % 20)[:, :3].reshape(rows, columns, 3) * 255
         tint = np.stack([_enlarged(tints[..., channel], pixels.shape) for channel in range(3)], axis=-1)
-        result = np.where(mask[..., None], 0.68 * result + 0.32 * tint, result)
+        result = np.where(mask[..., None], 0.74 * result + 0.26 * tint, result)
     return np.clip(result / 255, 0, 1)
 
 
 def kept_and_groups(record: ImageRecord) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64] | None]:
-    """For every token of the first frame whether anything of it is left, and which row it went into where rows are merged."""
+    """For every token of the first frame whether anything of it is left, and its output row where rows are merged."""
     _, rows, columns = record.grid
     if not record.steps:
         return np.ones(rows * columns, dtype=bool), None
@@ -110,30 +126,24 @@ def _sample(record: Record) -> Sample:
     return Sample(record.id, record.question, record.expected, record.category, record.image_id)
 
 
-def _draw(panel: Axes, record: Record, before: Record | None, image: Image.Image, padded: bool) -> None:
-    layout = record.images[0]
+def _draw_image(panel: Axes, image: Image.Image, layout: ImageRecord) -> None:
     _, rows, columns = layout.grid
-    panel.imshow(faded(_as_seen(image, rows, columns, padded), layout), extent=(0, columns, rows, 0), aspect="equal")
+    panel.imshow(faded(image, layout), extent=(0, columns, rows, 0), aspect="equal")
     _outline(panel, layout)
     panel.set_xlim(-0.06, columns + 0.06)
     panel.set_ylim(rows + 0.06, -0.06)
-    panel.set_aspect(rows / columns if rows != columns else "equal")
     panel.set_axis_off()
-    question = textwrap.fill(record.question, 36, max_lines=3, placeholder=" …")
-    panel.set_title(question, fontsize=11, fontweight="bold", color=_INK, pad=8)
-    kept = f"{record.entering} of {record.visual_tokens} tokens kept"
-    lines: list[tuple[str, str, str]] = [("reduced", *_verdict(record))]
-    if before is not None and before.error is None:
-        lines.insert(0, ("unreduced", *_verdict(before)))
-    top = -0.045
-    panel.text(0.5, top, kept, transform=panel.transAxes, ha="center", va="top", fontsize=8.5, color=_FAINT)
-    for number, (name, answer, color) in enumerate(lines, 1):
-        place = top - 0.072 * number
+
+
+def _caption(panel: Axes, lines: Sequence[tuple[str, str, str]]) -> None:
+    """Below the panel, a line for every (name, text, colour)."""
+    for number, (name, text, color) in enumerate(lines):
+        place = -0.03 - 0.068 * number
         panel.text(0.48, place, name, transform=panel.transAxes, ha="right", va="top", fontsize=9.5, color=_FAINT)
         panel.text(
             0.52,
             place,
-            answer,
+            text,
             transform=panel.transAxes,
             ha="left",
             va="top",
@@ -155,20 +165,20 @@ def _outline(panel: Axes, layout: ImageRecord) -> None:
     _, rows, columns = layout.grid
     kept, groups = kept_and_groups(layout)
     values = np.where(kept, 0 if groups is None else groups, -1).reshape(rows, columns)
-    across = [(x, y) for y in range(rows) for x in range(1, columns) if values[y, x] != values[y, x - 1]]
-    down = [(x, y) for y in range(1, rows) for x in range(columns) if values[y, x] != values[y - 1, x]]
-    if rows * columns <= 1024:
-        for y, x in zip(*np.nonzero(kept.reshape(rows, columns)), strict=True):
-            panel.add_patch(Rectangle((x, y), 1, 1, fill=False, linewidth=0.35, edgecolor=(1, 1, 1, 0.4)))
-    if 0 < kept.sum() < len(kept) or groups is not None:
-        style: Mapping[str, float | str] = {"colors": _INK, "linewidth": 0.9}
-        panel.vlines([x for x, _ in across], [y for _, y in across], [y + 1 for _, y in across], **style)  # type: ignore[arg-type]
-        panel.hlines([y for _, y in down], [x for x, _ in down], [x + 1 for x, _ in down], **style)  # type: ignore[arg-type]
+    if rows * columns <= _CELLS:
+        cells = [Rectangle((x, y), 1, 1) for y, x in np.argwhere(kept.reshape(rows, columns))]
+        panel.add_collection(PatchCollection(cells, facecolor="none", edgecolor=(1, 1, 1, 0.4), linewidth=0.35))
+    borders = [((x, y), (x, y + 1)) for y in range(rows) for x in range(1, columns) if values[y, x] != values[y, x - 1]]
+    borders += [
+        ((x, y), (x + 1, y)) for y in range(1, rows) for x in range(columns) if values[y, x] != values[y - 1, x]
+    ]
+    panel.add_collection(LineCollection(borders, colors=_INK, linewidth=0.9, capstyle="projecting"))
     panel.add_patch(Rectangle((0, 0), columns, rows, fill=False, linewidth=0.9, edgecolor=_FAINT))
 
 
-def _as_seen(image: Image.Image, rows: int, columns: int, padded: bool) -> Image.Image:
+def _as_seen(image: Image.Image, layout: ImageRecord, padded: bool) -> Image.Image:
     """The part of an image that the grid of tokens lies over."""
+    _, rows, columns = layout.grid
     image = image.convert("RGB")
     if padded:
         return ImageOps.pad(image, (max(image.size),) * 2, color=(122, 116, 104))

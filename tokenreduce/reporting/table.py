@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tokenreduce.evaluation.comparison import UNREDUCED
+from tokenreduce.evaluation.comparison import RANDOM, REDUCER, UNREDUCED
 
 Metrics = Mapping[str, Any]
 
@@ -24,22 +24,21 @@ def report(metrics: Metrics) -> RenderableType:
 
 def results(metrics: Metrics) -> Table:
     """One row a method: what it scores, and what it costs."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    table.add_column("method", no_wrap=True)
+    table = _table("method")
     table.add_column("score [dim]%[/dim]", justify="right", no_wrap=True)
     table.add_column("vs unreduced\n[dim]points[/dim]", justify="right", no_wrap=True)
     table.add_column("visual tokens\n[dim]kept / all[/dim]", justify="right", no_wrap=True)
-    table.add_column("prefill FLOPs\n[dim]LLM   + vision[/dim]", justify="right", no_wrap=True)
-    table.add_column("first token\n[dim]ms   ratio[/dim]", justify="right", no_wrap=True)
-    table.add_column("peak memory", justify="right", no_wrap=True)
+    table.add_column("prefill FLOPs\n[dim]LLM  + vision[/dim]", justify="right", no_wrap=True)
+    table.add_column("first token\n[dim]ms  ratio[/dim]", justify="right", no_wrap=True)
+    table.add_column("peak\n[dim]memory[/dim]", justify="right", no_wrap=True)
     for key, method in metrics["methods"].items():
         table.add_row(
-            Text(label(method), style="bold" if key == "reducer" else ""),
+            _name(key, method),
             _score(method["score"]),
             _difference(method["difference_to_unreduced"]),
             _tokens(method["visual_tokens"]),
             _flops(method["prefill_flops"]),
-            _first_token(method["time_to_first_token"], reference=key == UNREDUCED),
+            _first_token(method["time_to_first_token"]),
             _memory(method["peak_memory"]),
         )
     return table
@@ -47,13 +46,12 @@ def results(metrics: Metrics) -> Table:
 
 def categories(metrics: Metrics) -> Table:
     """Scores by category, one row a method."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    table.add_column("score % in", no_wrap=True)
+    table = _table("score % in")
     for category in metrics["benchmark"]["categories"]:
         table.add_column(category, justify="right", no_wrap=True)
     for key, method in metrics["methods"].items():
         cells = [_score(category["score"]) for category in method["categories"].values()]
-        table.add_row(Text(label(method), style="bold" if key == "reducer" else ""), *cells)
+        table.add_row(_name(key, method), *cells)
     return table
 
 
@@ -64,10 +62,12 @@ def footnote(metrics: Metrics) -> Text:
         f"{benchmark['name']}: {benchmark['samples']} questions about {benchmark['images']} images; "
         "± and [ ] are 95 % intervals, clustered by image"
     ]
+    if (seeds := len(metrics["methods"].get(RANDOM, {"runs": ()})["runs"])) > 1:
+        lines.append(f"{RANDOM} is the mean of {seeds} seeds")
     if benchmark["errors"]:
         first = benchmark["failed"][0]
         lines.append(
-            f"{benchmark['errors']} samples could not be answered and are left out, first {first['id']}: {first['error']}"
+            f"left out: {benchmark['errors']} samples without an answer, first {first['id']}: {first['error']}"
         )
     return Text("\n".join(lines), style="dim")
 
@@ -79,17 +79,25 @@ def label(method: Mapping[str, Any]) -> str:
     'fopru_row keep=0.25'
     """
     keep = method["knobs"].get("keep")
-    several = f", {len(method['runs'])} seeds" if len(method["runs"]) > 1 else ""
-    return method["name"] + (f" keep={keep}" if keep is not None else "") + several
+    return method["name"] + (f" keep={keep}" if keep is not None else "")
+
+
+def _table(first: str) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column(first, overflow="fold")
+    return table
+
+
+def _name(key: str, method: Mapping[str, Any]) -> Text:
+    return Text(UNREDUCED if key == UNREDUCED else label(method), style="bold" if key == REDUCER else "")
 
 
 def _score(estimate: Mapping[str, float | None]) -> str:
-    value, low, high = (
-        None if each is None else 100 * each for each in (estimate["value"], estimate["low"], estimate["high"])
-    )
-    if low is None or high is None:
-        return f"{value:.1f}      "
-    return f"{value:.1f} ±{max(high - value, value - low):4.1f}"
+    value, low, high = estimate["value"], estimate["low"], estimate["high"]
+    if value is None:
+        return NOT_MEASURED
+    half = "" if low is None or high is None else f" ±{100 * max(high - value, value - low):4.1f}"
+    return f"{100 * value:.1f}{half}"
 
 
 def _difference(estimate: Mapping[str, float | None] | None) -> str:
@@ -103,7 +111,7 @@ def _difference(estimate: Mapping[str, float | None] | None) -> str:
 def _signed(value: float | None) -> str:
     """In points, with a minus sign as long as the plus sign; what rounds to nothing has neither."""
     text = f"{100 * (value or 0):+.1f}"
-    return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "−")
+    return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "\N{MINUS SIGN}")
 
 
 def _tokens(tokens: Mapping[str, float]) -> str:
@@ -115,14 +123,13 @@ def _count(value: float) -> str:
 
 
 def _flops(flops: Mapping[str, float]) -> str:
-    return f"{flops['llm_ratio']:.2f}     {flops['total_ratio']:.2f}"
+    return f"{flops['llm_ratio']:.2f}      {flops['total_ratio']:.2f}"
 
 
-def _first_token(times: Mapping[str, Any] | None, reference: bool) -> str:
+def _first_token(times: Mapping[str, Any] | None) -> str:
     if times is None:
         return NOT_MEASURED
-    ratio = "" if reference else f"{times['ratio']['value']:.2f}"
-    return f"{1000 * times['median']:.1f}   {ratio:>4}"
+    return f"{1000 * times['median']:.1f}   {times['ratio']['value']:.2f}"
 
 
 def _memory(peak: float | None) -> str:

@@ -10,7 +10,7 @@ from rich.progress import Progress as Bars
 
 
 class TerminalProgress:
-    """The phases of an evaluation, one under the other. Use it as a context manager, so that the terminal is given back."""
+    """The phases of an evaluation, one under the other. A context manager, so that the terminal is given back."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -57,4 +57,4 @@ class TerminalProgress:
             self._console.print(f"{self._phase}: {self._done} of {self._total} done, {seconds:.1f} s", highlight=False)
 
     def note(self, message: str) -> None:
-        self._console.print(message, highlight=False)
+        self._console.print(message, highlight=False, markup=False)

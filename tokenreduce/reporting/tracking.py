@@ -1,6 +1,6 @@
 """Weights & Biases: a finished run's configuration, metrics, per-sample table and pictures.
 
-Nothing here can cost a result: it runs after everything is written, it never waits for long, and every failure is one warning.
+Nothing here can cost a result: it runs after all is written, never waits for long, and every failure is one warning.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from tokenreduce.evaluation.records import Record
@@ -121,7 +121,7 @@ def _log(
 ) -> str:
     import wandb  # here, because it is slow to import and may be missing or broken
 
-    def start(mode: str | None) -> Any:
+    def start(mode: Literal["online", "offline"] | None) -> Any:
         return wandb.init(
             project=tracking.project,
             entity=tracking.entity,
@@ -167,7 +167,7 @@ def _log(
     run.finish()
     if run.settings.mode == "online":
         return str(run.url)
-    return f"offline in {Path(run.dir).parent} (upload: wandb sync DIRECTORY)"
+    return f"offline; to upload: wandb sync {os.path.relpath(Path(run.dir).parent)}"
 
 
 def _logged_in(wandb: Any) -> bool:
