@@ -125,6 +125,13 @@ class AtProjector(Step):
     """After the projector: between the vision side and the language model. Sees one image at a time."""
 
 
+@dataclass(frozen=True)
+class AtDecoder(Step):
+    """At the input of one layer of the language model, in prefill. Sees all visual tokens of a sample at once."""
+
+    layer: Layer = 0
+
+
 @dataclass
 class Selection:
     """What a reducer decided about the ``n`` tokens that it was shown.

@@ -32,6 +32,35 @@ class EncoderHidden:
 
 
 @dataclass(frozen=True)
+class DecoderAttention:
+    """Self-attention of one layer of the language model in prefill, as an :class:`Attention`."""
+
+    layer: Layer
+
+
+@dataclass(frozen=True)
+class LookAheadAttention:
+    """The attention that the decoder layer at whose input the step stands would pay to the states as they are now."""
+
+
+@dataclass(frozen=True)
+class DecoderHidden:
+    """A sample's whole sequence at the input of the step's decoder layer, ``(sequence, dim)``; ``normed`` by the final norm."""
+
+    normed: bool = False
+
+
+@dataclass(frozen=True)
+class ProjectedFeatures:
+    """A sample's visual tokens as they entered the language model: ``(entered, dim)``."""
+
+
+@dataclass(frozen=True)
+class TextEmbeddings:
+    """The input embeddings of the tokens behind a sample's last visual token: ``(text, dim)``."""
+
+
+@dataclass(frozen=True)
 class Attention:
     """A view on one attention layer for one sequence; probabilities are computed for the rows that are asked for, in
     float32.
@@ -44,15 +73,19 @@ class Attention:
     None
     visual:  where the visual tokens stand in the sequence of keys (a class token or text may stand before them)
     class_token: the class token's place, or None where the encoder has none
+    causal:  whether a query sees only the keys up to its own place
+    text:    where the text behind the last visual token stands, or None in a vision encoder
     """
 
     queries: Tensor
     keys: Tensor
     values: Tensor
     scale: float
-    visual: slice
+    visual: Rows
     class_token: int | None = None
     mask: Tensor | None = None
+    causal: bool = False
+    text: Tensor | None = None
 
     def scores(self, queries: Rows) -> Tensor:
         """Scaled and masked dot products before the softmax: ``(heads, rows, keys)``."""
@@ -81,4 +114,7 @@ class Attention:
         if self.mask is not None:
             rows = self.mask[queries]
             logits = logits.masked_fill(~rows, -torch.inf) if rows.dtype == torch.bool else logits + rows
+        if self.causal:
+            places = torch.arange(self.keys.shape[1], device=logits.device)
+            logits = logits.masked_fill(places > places[queries][:, None], -torch.inf)
         return logits[None]

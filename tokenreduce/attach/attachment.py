@@ -7,9 +7,9 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Any
 
@@ -19,11 +19,12 @@ from transformers import Cache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tokenreduce.attach import taps
+from tokenreduce.attach.decoder import DECODER_SIGNALS, DecoderSite, Prefill
 from tokenreduce.attach.generation import translated
 from tokenreduce.attach.images import ImageReduction, StepReduction, attention_module, reduce_images
 from tokenreduce.attach.prompt import Prompt, shorten
 from tokenreduce.models.family import ModelFamily, family_of
-from tokenreduce.reducer import AtInput, Grid, TokenReducer, layer_index
+from tokenreduce.reducer import AtDecoder, Grid, TokenReducer, layer_index
 from tokenreduce.registry import MODELS, create
 from tokenreduce.signals import EncoderAttention, EncoderHidden
 
@@ -88,6 +89,10 @@ class Attachment:
         self._generating: ContextVar[bool] = ContextVar("tokenreduce_generating", default=False)
         self._steps = list(reducer.steps(family.geometry))
         self._refuse_what_cannot_be_hosted()
+        inside = [step for step in self._steps if isinstance(step, AtDecoder)]
+        self._decoder = DecoderSite(reducer, inside, family.decoder) if inside else None
+        self._shortens = len(inside) < len(self._steps)
+        self._images: list[tuple[Grid, ...]] = []
 
     @property
     def drops_only(self) -> bool:
@@ -107,7 +112,7 @@ class Attachment:
         wrapped = {"forward": self._forward, "generate": self._generate}
         own = {name: vars(self.model)[name] for name in wrapped if name in vars(self.model)}
         try:
-            with taps.installed(self._tapped()):
+            with taps.installed(self._tapped()), self._decoder.installed() if self._decoder else nullcontext():
                 for name, wrapper in wrapped.items():
                     setattr(self.model, name, _bound(wrapper, getattr(self.model, name)))
                 try:
@@ -125,11 +130,13 @@ class Attachment:
 
     def _forward(self, original: Callable[..., Any], inputs: dict[str, Any]) -> Any:
         if self._generating.get():
-            return original(**inputs)
+            return self._run(original, inputs)
         self._refuse_hidden_tokens(inputs)
         cache: Any = inputs.get("past_key_values")
         if self._reduces(inputs):
             self._refuse_what_forward_cannot_do(inputs)
+            if not self._shortens:
+                return self._run(original, inputs)
             prompt, inputs = self._shortened(inputs, padding_counts=True)
         elif (earlier := getattr(cache, _PROMPT, None)) is not None:
             new = inputs["input_ids"]
@@ -142,7 +149,7 @@ class Attachment:
             inputs = {**inputs, "attention_mask": prompt.mask, "position_ids": positions}
         else:
             return original(**inputs)
-        output = original(**inputs)
+        output = self._run(original, inputs)
         _remember(output, prompt)
         return output
 
@@ -151,7 +158,7 @@ class Attachment:
             inputs["input_ids"] = inputs.pop("inputs")
         self._refuse_hidden_tokens(inputs)
         earlier = getattr(inputs.get("past_key_values"), _PROMPT, None)
-        if self._reduces(inputs):
+        if self._reduces(inputs) and self._shortens:
             prompt, inputs = self._shortened(inputs, padding_counts=False)
         elif earlier is not None:
             prompt = earlier.extended(inputs["input_ids"][:, earlier.full.shape[1] :], inputs.get("attention_mask"))
@@ -176,6 +183,26 @@ class Attachment:
             return prompt.restore(output)
         _remember(output, prompt)
         output.sequences = prompt.restore(output.sequences)
+        return output
+
+    def _run(self, original: Callable[..., Any], inputs: dict[str, Any]) -> Any:
+        """One call of the model's own forward, which is a prefill with decoder steps where it brings visual tokens."""
+        cache, ids = inputs.get("past_key_values"), inputs.get("input_ids")
+        if self._decoder is None or ids is None or (cache is not None and cache.get_seq_length()):
+            return original(**inputs)
+        visual = ids == self.family.placeholder
+        if not bool(visual.any()):
+            return original(**inputs)
+        mask = inputs.get("attention_mask")
+        valid = torch.ones_like(visual) if mask is None else mask.bool()
+        copies = len(ids) // len(self._images)  # beams and returned sequences stand in several rows
+        with self._decoder.prefill(visual, valid, [grids for grids in self._images for _ in range(copies)]) as prefill:
+            output = original(**inputs)
+        if len(self.samples[0].lengths) == 0:
+            self.samples = [
+                with_decoder_steps(sample, prefill, row * copies, self.family.geometry.decoder_layers)
+                for row, sample in enumerate(self.samples)
+            ]
         return output
 
     # What the model gets instead.
@@ -255,12 +282,14 @@ class Attachment:
         images: Sequence[tuple[Grid, Sequence[StepReduction], int]],
         lengths: list[int],
     ) -> None:
+        self._images = [tuple(grid for grid, _, _ in images[start:end]) for start, end in rows]
+        layers = self.family.geometry.decoder_layers if self._decoder is None else 0  # else known after the prefill
         self.samples = [
             SampleReduction(
                 images=tuple(ImageReduction(grid, tuple(steps)) for grid, steps, _ in images[start:end]),
                 visual_tokens=sum(len(grid) for grid, _, _ in images[start:end]),
                 entering=sum(count for _, _, count in images[start:end]),
-                lengths=(length,) * self.family.geometry.decoder_layers,
+                lengths=(length,) * layers,
             )
             for (start, end), length in zip(rows, lengths, strict=True)
         ]
@@ -270,7 +299,7 @@ class Attachment:
         same."""
         if not any(inputs.get(name) is not None for name in self.family.vision_inputs):
             return False
-        if not self._steps:
+        if not self._shortens:
             grids, mask, ids = self.family.grids(inputs), inputs.get("attention_mask"), inputs["input_ids"]
             lengths = (torch.ones_like(ids) if mask is None else mask.long()).sum(-1).tolist()
             self._record(self._rows(inputs, grids), [(grid, (), len(grid)) for grid in grids], lengths)
@@ -292,23 +321,45 @@ class Attachment:
             )
 
     def _refuse_what_cannot_be_hosted(self) -> None:
-        name, family = type(self.reducer).__name__, type(self.family).__name__
+        name, family, family_sites = type(self.reducer).__name__, type(self.family).__name__, self.family.sites
         for step in self._steps:
             if type(step) not in self.family.sites:
                 hosted = ", ".join(site.__name__ for site in self.family.sites)
                 raise ValueError(
                     f"{name} acts {type(step).__name__}, which {family} models cannot host; they host {hosted}"
                 )
+            known = DECODER_SIGNALS if isinstance(step, AtDecoder) else (EncoderAttention, EncoderHidden)
             for signal in step.sees:
-                if not isinstance(signal, EncoderAttention | EncoderHidden):
+                if not isinstance(signal, known):
                     raise ValueError(f"{name} asks to see {signal}, which {family} models cannot show")
-                layer_index(signal.layer, self.family.geometry.encoder_layers)
-        if any(isinstance(step, AtInput) for step in self._steps[1:] if not isinstance(self._steps[0], AtInput)):
-            raise ValueError(f"{name} changes the input after a later site: steps must be in the order of the sites")
+                if isinstance(signal, EncoderAttention | EncoderHidden):
+                    layer_index(signal.layer, self.family.geometry.encoder_layers)
+        order = [family_sites.index(type(step)) for step in self._steps]
+        if order != sorted(order):
+            raise ValueError(f"{name}: steps must be in the order of the sites, from the input to the decoder")
 
     def _tapped(self) -> list[nn.Module]:
         signals = [signal for step in self._steps for signal in step.sees if isinstance(signal, EncoderAttention)]
         return [attention_module(self.family, signal) for signal in signals]
+
+
+def with_decoder_steps(sample: SampleReduction, prefill: Prefill, row: int, layers: int) -> SampleReduction:
+    """Add to a sample's record what was cut inside the language model, and the lengths that its layers saw."""
+    images, entered = [], 0
+    for image in sample.images:
+        kept, before = image.kept, (image.steps[-1].source if image.steps else range(len(image.grid)))
+        places = range(entered, entered + len(kept))
+        steps = list(image.steps)
+        for layer, index, source, merged in prefill.rows[row].steps:
+            inside = tuple(kept[place - entered] for place in index.tolist() if place in places)
+            into = tuple(-1 if old < 0 else int(source[entered + old]) for old in before)
+            steps.append(StepReduction(f"decoder layer {layer}", inside, into, merged))
+        entered += len(kept)
+        images.append(replace(image, steps=tuple(steps)))
+    full = int(prefill.valid[row].sum())
+    stages = [prefill.stage(layer) for layer in range(layers)]
+    lengths = tuple(full if stage is None else int(stage.valid[row].sum()) for stage in stages)
+    return replace(sample, images=tuple(images), lengths=lengths)
 
 
 def _bound(wrapper: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from tokenreduce.attach import taps
+from tokenreduce.attach.selecting import checked
 from tokenreduce.models.family import Inputs, ModelFamily
 from tokenreduce.reducer import (
+    AtDecoder,
     AtInput,
     Geometry,
     Grid,
@@ -90,8 +92,8 @@ class ReducedImage:
 
 
 def reduce_images(reducer: TokenReducer, family: ModelFamily, inputs: Inputs) -> list[ReducedImage]:
-    """Encode every image of the call and run the reducer's steps on it."""
-    steps = list(reducer.steps(family.geometry))
+    """Encode every image of the call and run the reducer's steps on it, up to the projector."""
+    steps = [step for step in reducer.steps(family.geometry) if not isinstance(step, AtDecoder)]
     images = [ReducedImage(grid, torch.arange(len(grid))) for grid in family.grids(inputs)]
     while steps and isinstance(steps[0], AtInput):
         inputs = _resize(reducer, steps.pop(0), family, inputs, images)
@@ -163,27 +165,8 @@ def _project(
         fingerprint=fingerprint,
         carried=image.carried,
     )
-    selection = reducer.select(step, tokens)
-    _check(reducer, selection, tokens)
+    selection = checked(reducer, step, tokens)
     image.take("projector", selection, features[selection.index] if selection.features is None else selection.features)
-
-
-def _check(reducer: TokenReducer, selection: Selection, tokens: VisualTokens) -> None:
-    """A method's mistake must not become a wrong answer."""
-    name, index = type(reducer).__name__, selection.index
-    if index.dtype != torch.long or index.ndim != 1:
-        raise ValueError(f"{name} selected with a {index.dtype} index of shape {tuple(index.shape)}: give (k,) long")
-    if tokens.keep is not None and len(index) != tokens.keep:
-        raise ValueError(f"{name} selected {len(index)} tokens where its count said {tokens.keep}")
-    if len(index) and not (
-        int(index.min()) >= 0 and int(index.max()) < len(tokens) and len(index.unique()) == len(index)
-    ):
-        raise ValueError(f"{name} selected a token twice or outside 0..{len(tokens) - 1}: {index.tolist()}")
-    expected = (len(index), tokens.features.shape[-1])
-    if selection.features is not None and tuple(selection.features.shape) != expected:
-        raise ValueError(f"{name} returned features of shape {tuple(selection.features.shape)}, not {expected}")
-    if selection.source is not None and len(selection.source) != len(tokens):
-        raise ValueError(f"{name} returned a source of {len(selection.source)} entries for {len(tokens)} tokens")
 
 
 def attention_module(family: ModelFamily, signal: EncoderAttention) -> Any:

@@ -34,7 +34,12 @@ class Captured:
     scale: float
 
 
+class Seen(Exception):
+    """Raised out of an attention layer whose tensors were wanted and whose result is not."""
+
+
 _captures: ContextVar[dict[nn.Module, Captured | None]] = ContextVar("tokenreduce_captures")
+_stops: ContextVar[bool] = ContextVar("tokenreduce_stops", default=False)
 _lock = threading.Lock()
 _users: Counter[str] = Counter()
 _originals: dict[str, Callable[..., Any]] = {}
@@ -60,14 +65,18 @@ def installed(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def capture(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Captured | None]]:
-    """Collect what ``modules`` compute with in this thread; the dictionary fills as they run."""
+def capture(modules: Iterable[nn.Module], stop: bool = False) -> Iterator[dict[nn.Module, Captured | None]]:
+    """Collect what ``modules`` compute with in this thread; the dictionary fills as they run.
+
+    With ``stop`` a module that was seen raises :class:`Seen` instead of computing its attention.
+    """
     found: dict[nn.Module, Captured | None] = dict.fromkeys(modules)
-    token = _captures.set(found)
+    captures, stops = _captures.set(found), _stops.set(stop)
     try:
         yield found
     finally:
-        _captures.reset(token)
+        _captures.reset(captures)
+        _stops.reset(stops)
 
 
 def _install(kernel: str) -> None:
@@ -88,6 +97,8 @@ def _install(kernel: str) -> None:
             found[module] = Captured(
                 query, key, value, attention_mask, query.shape[-1] ** -0.5 if scale is None else scale
             )
+            if _stops.get():
+                raise Seen
         return original(module, query, key, value, attention_mask, **options)
 
     ALL_ATTENTION_FUNCTIONS[kernel] = tapped

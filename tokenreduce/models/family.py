@@ -47,6 +47,11 @@ class ModelFamily(ABC):
     def grids(self, inputs: Inputs) -> list[Grid]:
         """The layout of every image in the call, in the order of the prompts."""
 
+    @property
+    @abstractmethod
+    def decoder(self) -> nn.Module:
+        """The language model's stack: the module that holds ``layers``, ``norm`` and ``rotary_emb``."""
+
     @abstractmethod
     def encoder_attention(self) -> Sequence[nn.Module]:
         """The vision encoder's self-attention modules, one a layer."""

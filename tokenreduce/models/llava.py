@@ -12,14 +12,14 @@ from transformers import PreTrainedModel
 
 from tokenreduce.flops import encoder_layer_flops
 from tokenreduce.models.family import Inputs, ModelFamily
-from tokenreduce.reducer import AtInput, AtProjector, Geometry, Grid
+from tokenreduce.reducer import AtDecoder, AtInput, AtProjector, Geometry, Grid
 
 
 class Llava(ModelFamily):
     """LLaVA-1.5 with a CLIP (class token dropped) or SigLIP vision tower."""
 
     classes = ("LlavaForConditionalGeneration",)
-    sites = (AtInput, AtProjector)
+    sites = (AtInput, AtProjector, AtDecoder)
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
@@ -55,6 +55,10 @@ class Llava(ModelFamily):
         patch = self.model.config.vision_config.patch_size
         return [Grid(height // patch, width // patch)] * images
 
+    @property
+    def decoder(self) -> nn.Module:
+        return self.model.base_model.language_model
+
     def encoder_attention(self) -> Sequence[nn.Module]:
         tower = self.model.base_model.vision_tower
         return [module for name, module in tower.named_modules() if name.endswith(".self_attn")]
@@ -88,5 +92,3 @@ class Llava(ModelFamily):
         layers = vision.num_hidden_layers * encoder_layer_flops(sequence, vision)
         features = self.model.model.multi_modal_projector.linear_1.in_features
         return embedding + layers + 2 * tokens * width * (features + width)
-
-
