@@ -9,6 +9,7 @@ import random
 import stat
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -109,7 +110,7 @@ def test_a_full_disk_is_named_and_costs_nothing_written(tmp_path: Path, monkeypa
     class AlmostFull(FileIO):
         room = 3000
 
-        def write(self, data: bytes) -> int:
+        def write(self, data: Any) -> int:
             if not AlmostFull.room:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             part = bytes(data)[: AlmostFull.room]

@@ -64,6 +64,11 @@ def answer(folder: Path) -> int:
     return 0
 
 
+def mortal(folder: Path, written: int) -> int:
+    die_after(written)
+    return answer(folder)
+
+
 def fork(work: Callable[[], int]) -> int:
     """Process id of a child that does ``work`` and exits with what it returns."""
     if child := os.fork():
@@ -85,7 +90,7 @@ def die_after(written: int) -> None:
     class Mortal(FileIO):
         left = written
 
-        def write(self, data: bytes) -> int:
+        def write(self, data: Any) -> int:
             part = bytes(data)[: Mortal.left]
             count = super().write(part)
             Mortal.left -= count
@@ -99,22 +104,20 @@ def die_after(written: int) -> None:
 def killed(folder: Path) -> dict[str, Any]:
     """Twenty runs that die at random moments, most of them inside a line, and one that lives."""
     moments = random.Random(0)
-    size = 24 * 700
+    path = folder / records.RECORDS
+    size = (folder.parent / "calm" / records.RECORDS).stat().st_size
     deaths, torn = 0, 0
     for number in range(KILLS):
-
-        def work(number: int = number) -> int:
-            if number % 4:
-                die_after(moments.randrange(1, size // 8))
-            return answer(folder)
-
-        moments.random()  # the child's copy of the generator is not the parent's
-        child = fork(work)
-        if not number % 4:
-            time.sleep(moments.uniform(0, 0.25))
+        content = path.read_bytes() if path.exists() else b""
+        missing = size - content.rfind(b"\n") - 1
+        if number % 4:
+            # Less than what is still to be written, so that it does die; the seconds in a record vary by some digits.
+            child = fork(partial(mortal, folder, moments.randrange(1, min(missing - 200, size // 6))))
+        else:
+            child = fork(partial(answer, folder))
+            time.sleep(moments.uniform(0, 0.15))
             os.kill(child, signal.SIGKILL)
         deaths += status(child) == -signal.SIGKILL
-        path = folder / records.RECORDS
         content = path.read_bytes() if path.exists() else b""
         torn += bool(content) and not content.endswith(b"\n")
         if len(read_records(folder)) > 18:  # nearly done: lose the second half, as a worse disk would
