@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tokenreduce.reducer import (
+    AtEncoder,
     Geometry,
     Keep,
     Selection,
@@ -20,8 +21,6 @@ from tokenreduce.reducer import (
     tokens_to_keep,
 )
 from tokenreduce.signals import Attention, EncoderAttention
-
-from .sites import AtEncoder, everything
 
 
 @dataclass(frozen=True)
@@ -73,6 +72,11 @@ class FlowCut(TokenReducer):
         likeness = torch.einsum("h d, h n d -> h n", attention.values[:, place], attention.values).softmax(dim=-1)
         values = attention.values.mean(dim=0)[attention.visual]
         return looked_at, score(looked_at, likeness.mean(dim=0)[attention.visual], values)
+
+
+def everything(count: int, carry: Tensor | None) -> Selection:
+    """Keep all tokens: a step that only looks."""
+    return Selection(torch.arange(count), carry=carry)
 
 
 def score(looked_at: Tensor, likeness: Tensor, values: Tensor) -> Tensor:

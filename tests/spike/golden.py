@@ -14,9 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tokenreduce.reducer import Geometry, Grid, Selection, Span, Step, TokenReducer, VisualTokens
-from tokenreduce.signals import Rows
-
-from .sites import DecoderView, Merged, TokenSizes
+from tokenreduce.signals import Attention, Rows, TokenSizes
 
 FOLDER = Path(__file__).parents[1] / "golden"
 
@@ -49,7 +47,7 @@ def cases(method: str) -> list[Any]:
 
 
 @dataclass(frozen=True)
-class Stored(DecoderView):
+class Stored(Attention):
     """A view on probabilities ``(heads, rows, keys)`` computed elsewhere, which need not belong to the keys."""
 
     probabilities: Tensor = field(default_factory=lambda: torch.empty(0), kw_only=True)
@@ -69,7 +67,7 @@ def stored(
     class_token: int | None = None,
     keys: Tensor | None = None,
     values: Tensor | None = None,
-    text: tuple[int, int] = (0, 0),
+    text: Tensor | None = None,
 ) -> Stored:
     nothing = torch.empty(0)
     return Stored(
@@ -79,7 +77,7 @@ def stored(
         1.0,
         visual,
         class_token,
-        text=torch.arange(*text),
+        text=text,
         probabilities=probabilities,
     )
 
@@ -134,7 +132,7 @@ def walk(
         available = {TokenSizes(): sizes, **signals(step, features)}
         selection = show(reducer, step, features, available, index=index, entered=entered, carried=carried)
         index, sizes, carried = index[selection.index], sizes[selection.index], selection.carry
-        if isinstance(selection, Merged) and selection.size is not None:
+        if selection.size is not None:
             sizes = selection.size
         features = features[selection.index] if selection.features is None else selection.features
         counts.append(len(features))

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tokenreduce.reducer import Geometry, Layer, ScoreReducer, Span, Step, VisualTokens
-
-from .sites import AtDecoder, LookAheadAttention
+from tokenreduce.reducer import AtDecoder, Geometry, Layer, ScoreReducer, Span, Step, VisualTokens
+from tokenreduce.signals import LookAheadAttention
 
 
 @dataclass(frozen=True)

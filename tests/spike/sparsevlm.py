@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from tokenreduce.reducer import (
+    AtDecoder,
     Geometry,
     Keep,
     Layer,
@@ -21,8 +22,7 @@ from tokenreduce.reducer import (
     layer_index,
     tokens_to_keep,
 )
-
-from .sites import AtDecoder, DecoderAttention, ProjectedFeatures, TextEmbeddings
+from tokenreduce.signals import DecoderAttention, ProjectedFeatures, TextEmbeddings
 
 
 @dataclass(frozen=True)

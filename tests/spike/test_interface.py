@@ -12,13 +12,20 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from tokenreduce.reducer import Geometry, Grid, Span, Step
-from tokenreduce.signals import Attention, EncoderAttention
+from tokenreduce.signals import (
+    Attention,
+    ClassToken,
+    EncoderAttention,
+    LookAheadAttention,
+    ProjectedFeatures,
+    TextEmbeddings,
+    TokenSizes,
+)
 
 from . import flowcut, sparsevlm, tome
 from .flowcut import AtFlow, FlowCut
 from .golden import Case, assert_equal_floats, cases, random, show, stored, walk
 from .pyramiddrop import PyramidDrop
-from .sites import ClassToken, LookAheadAttention, Merged, ProjectedFeatures, TextEmbeddings, TokenSizes
 from .sparsevlm import SparseVlm
 from .tome import AtMerge, ToMe
 from .visionzip import VisionZip
@@ -97,7 +104,7 @@ def test_pyramiddrop(case: Case) -> None:
             keys,
             case.settings["head_dim"] ** -0.5,
             visual=slice(prefix, prefix + len(visual)),
-            mask=torch.ones(len(sequence), len(sequence), dtype=torch.bool).tril(),
+            causal=True,
         )
         return {LookAheadAttention(): view}
 
@@ -125,7 +132,7 @@ def test_sparsevlm_keeps(case: Case) -> None:
     prefix, count = case.settings["prefix"], case.settings["N"]
     reducer = SparseVlm(layers=(2, 6, 15), keeps=tuple(case.settings["keep_list"]))
     step = reducer.steps(GEOMETRY)[(2, 6, 15).index(case.settings["layer"])]
-    text = (prefix + count, prefix + count + case.settings["text"])
+    text = torch.arange(prefix + count, prefix + count + case.settings["text"])
     view = stored(case.given["attn"], slice(prefix, prefix + count), text=text)
     raters = case.given["raters"].nonzero()[:, 0]
     signals = {step.sees[0]: view, TextEmbeddings(): random(case.settings["text"], 4)}
@@ -133,7 +140,7 @@ def test_sparsevlm_keeps(case: Case) -> None:
     selection = show(reducer, step, random(count, 4), signals, carried=raters)
     kept = selection.index[: len(case.expected["kept"])]
     assert kept.equal(case.expected["kept"])
-    assert_equal_floats(view.mean(view.text[raters]).mean(dim=0), case.expected["score"])
+    assert_equal_floats(view.mean(text[raters]).mean(dim=0), case.expected["score"])
     pruned = count - len(kept)
     assert (selection.sources(count) >= len(kept)).sum() == int(0.3 * pruned) + 1
     assert selection.carry.equal(raters)
@@ -150,7 +157,7 @@ def test_sparsevlm_published_counts() -> None:
     def attention(step: Step, visual: Tensor) -> dict[Hashable, Any]:
         behind = 35 + len(visual)
         rows = random(2, behind + 10, behind + 10).softmax(dim=-1)
-        view = stored(rows, slice(35, behind), text=(behind, behind + 10))
+        view = stored(rows, slice(35, behind), text=torch.arange(behind, behind + 10))
         return {step.sees[0]: view, ProjectedFeatures(): projected, TextEmbeddings(): random(10, 4, seed=1)}
 
     projected = random(576, 4)
@@ -164,7 +171,7 @@ def test_sparsevlm_worked_example() -> None:
     for keep, expected in ((4, [1, 4, 6, 7]), (3, [1, 4, 7]), (2, [1, 4])):
         reducer = SparseVlm(layers=(2,), keeps=(keep,))
         (step,) = reducer.steps(GEOMETRY)
-        signals = {step.sees[0]: stored(rows, slice(2, 11), text=(11, 14)), TextEmbeddings(): random(3, 4)}
+        signals = {step.sees[0]: stored(rows, slice(2, 11), text=torch.arange(11, 14)), TextEmbeddings(): random(3, 4)}
         selection = show(reducer, step, random(9, 4), signals, carried=torch.tensor([0, 2]))
         assert selection.index[:keep].tolist() == expected
 
@@ -213,7 +220,27 @@ def test_flowcut_reaches_its_target_step_by_step(class_token: bool) -> None:
     assert done.index.tolist() == sorted(done.index.tolist())
 
 
-def test_flowcut_accumulates_half_and_half() -> None:
+def test_flowcut_accumulates_over_the_layers_that_it_passes() -> None:
+    reducer = FlowCut(keep=8)
+    looking, pruning = reducer.steps(GEOMETRY)[:2]
+    layers = [encoder_view(step, 36, class_token=True) for step in (looking, pruning)]
+    flows = []
+    for layer in layers:
+        values, looked_at = layer.values[:, 1:], layer.rows(0).mean(dim=(0, 1))[1:]
+        likeness = (layer.values @ layer.values[:, 0, :, None])[..., 0].softmax(dim=-1).mean(dim=0)[1:]
+        flows.append(flowcut.score(looked_at, likeness, values.mean(dim=0)))
+
+    first = show(reducer, looking, random(36, 4), {looking.sees[0]: layers[0]})
+    assert first.index.tolist() == list(range(36))
+    assert_close(first.carry, flows[0])
+    second = show(reducer, pruning, random(36, 4), {pruning.sees[0]: layers[1]}, carried=first.carry)
+    total = (flows[0] + flows[1]) / 2
+    assert 8 < len(second.index) < 36
+    assert second.index.tolist() == sorted(total.topk(len(second.index)).indices.tolist())
+    assert_close(second.carry, total[second.index])
+
+
+def test_flowcut_worked_example() -> None:
     reducer = FlowCut(keep=2)
     looked_at = torch.tensor([[0.30, 0.05, 0.20, 0.05, 0.25, 0.15], [0.60, 0.02, 0.18, 0.05, 0.10, 0.05]])
     likeness = torch.tensor([[0.10, 0.20, 0.20, 0.10, 0.30, 0.10], [0.2, 0.2, 0.2, 0.1, 0.2, 0.1]])
@@ -238,7 +265,7 @@ def test_tome(case: Case) -> None:
         view = stored(torch.empty(0), slice(first, None), class_token=0 if class_token else None, keys=metric[None])
         signals = {step.sees[0]: view, TokenSizes(): sizes[first:, 0]}
         selection = show(reducer, step, features[first:], signals)
-        assert isinstance(selection, Merged) and selection.features is not None and selection.size is not None
+        assert selection.features is not None and selection.size is not None
         expected = {name: case.expected[name][sample] for name in ("x", "size", "source")}
         assert_equal_floats(selection.features, expected["x"][first:])
         assert_equal_floats(selection.size, expected["size"][first:, 0])

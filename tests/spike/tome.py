@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from tokenreduce.reducer import (
+    AtEncoder,
+    AtEncoderOutput,
     Geometry,
     Keep,
     Selection,
@@ -20,9 +22,7 @@ from tokenreduce.reducer import (
     layer_index,
     tokens_to_keep,
 )
-from tokenreduce.signals import EncoderAttention
-
-from .sites import AtEncoder, AtEncoderOutput, Merged, TokenSizes
+from tokenreduce.signals import EncoderAttention, TokenSizes
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class ToMe(TokenReducer):
         index, source = match(metric, len(tokens) - self.count(step, tokens.span), attention.class_token is not None)
         weights = one_hot(source, len(index)).T * tokens[TokenSizes()]
         size = weights.sum(dim=1)
-        return Merged(
+        return Selection(
             index, weights @ tokens.features / size[:, None], source, size=size if self.proportional else None
         )
 

@@ -8,10 +8,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from tokenreduce.reducer import Geometry, Keep, Layer, Selection, Step, TokenReducer, VisualTokens, best, tokens_to_keep
-from tokenreduce.signals import EncoderAttention
-
-from .sites import AtEncoderOutput, ClassToken
+from tokenreduce.reducer import (
+    AtEncoderOutput,
+    Geometry,
+    Keep,
+    Layer,
+    Selection,
+    Step,
+    TokenReducer,
+    VisualTokens,
+    best,
+    tokens_to_keep,
+)
+from tokenreduce.signals import ClassToken, EncoderAttention
 
 
 @dataclass(frozen=True)
