@@ -121,6 +121,22 @@ class AtInput(Step):
 
 
 @dataclass(frozen=True)
+class AtEncoder(Step):
+    """Inside the vision encoder: after the attention of ``layer`` and before its feed-forward network, or after the block.
+
+    Sees one image at a time. A class token stays in the sequence and is not among the tokens that are shown.
+    """
+
+    layer: Layer = 0
+    where: Literal["attention", "block"] = "block"
+
+
+@dataclass(frozen=True)
+class AtEncoderOutput(Step):
+    """Between the vision encoder and the projector, on the features that it takes. Sees one image at a time."""
+
+
+@dataclass(frozen=True)
 class AtProjector(Step):
     """After the projector: between the vision side and the language model. Sees one image at a time."""
 
@@ -137,16 +153,17 @@ class Selection:
     """What a reducer decided about the ``n`` tokens that it was shown.
 
     index:    ``(k,)`` long, the token that each output row stands for. Ascending unless a method declares another
-    order.
+              order; -1 for a row that stands for none of them, such as a class token that is passed on.
     features: ``(k, dim)``, the rows themselves where a method merges; otherwise the features at ``index`` are taken.
-    source:   ``(n,)`` long, the output row that each token went into, -1 for a dropped one; made from ``index`` if
-    absent.
+    source:   ``(n,)`` long, the row that each token went into, -1 for a dropped one; from ``index`` if absent.
+    size:     ``(k,)``, how many original tokens each row holds, where attention shall count them (in the encoder).
     carry:    anything that the same reducer wants to find in ``tokens.carried`` at its next step.
     """
 
     index: Tensor
     features: Tensor | None = None
     source: Tensor | None = None
+    size: Tensor | None = None
     carry: Any = None
 
     def sources(self, entering: int) -> Tensor:

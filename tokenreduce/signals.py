@@ -32,6 +32,16 @@ class EncoderHidden:
 
 
 @dataclass(frozen=True)
+class ClassToken:
+    """The class token's feature in the layer that the projector takes its features from: ``(dim,)``."""
+
+
+@dataclass(frozen=True)
+class TokenSizes:
+    """How many tokens were merged into each token so far: ``(tokens,)``, ones at first."""
+
+
+@dataclass(frozen=True)
 class DecoderAttention:
     """Self-attention of one layer of the language model in prefill, as an :class:`Attention`."""
 
@@ -45,7 +55,7 @@ class LookAheadAttention:
 
 @dataclass(frozen=True)
 class DecoderHidden:
-    """A sample's whole sequence at the input of the step's decoder layer, ``(sequence, dim)``; ``normed`` by the final norm."""
+    """A sample's whole sequence at the step's decoder layer: ``(sequence, dim)``; ``normed`` by the final norm."""
 
     normed: bool = False
 

@@ -1,5 +1,6 @@
 """Puts a reducer into a live model and takes it out again."""
 
-from tokenreduce.attach.attachment import Attachment, ImageReduction, SampleReduction, StepReduction, reduce_tokens
+from tokenreduce.attach.attachment import Attachment, SampleReduction, reduce_tokens
+from tokenreduce.attach.vision import ImageReduction, StepReduction
 
 __all__ = ["Attachment", "ImageReduction", "SampleReduction", "StepReduction", "reduce_tokens"]

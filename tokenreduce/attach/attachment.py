@@ -14,21 +14,18 @@ from functools import wraps
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from tokenreduce.attach import taps
 from tokenreduce.attach.decoder import DECODER_SIGNALS, DecoderSite, Prefill
 from tokenreduce.attach.generation import translated
-from tokenreduce.attach.images import ImageReduction, StepReduction, attention_module, reduce_images
 from tokenreduce.attach.prompt import Prompt, shorten
+from tokenreduce.attach.vision import VISION_SIGNALS, ImageReduction, StepReduction, VisionSite
 from tokenreduce.models.family import ModelFamily, family_of
 from tokenreduce.reducer import AtDecoder, Grid, TokenReducer, layer_index
 from tokenreduce.registry import MODELS, create
 from tokenreduce.signals import EncoderAttention, EncoderHidden
-
-__all__ = ["Attachment", "ImageReduction", "SampleReduction", "StepReduction", "reduce_tokens"]
 
 _PROMPT = "_tokenreduce_prompt"
 """The attribute of a key-value cache that remembers which columns its prompt lost."""
@@ -91,7 +88,7 @@ class Attachment:
         self._refuse_what_cannot_be_hosted()
         inside = [step for step in self._steps if isinstance(step, AtDecoder)]
         self._decoder = DecoderSite(reducer, inside, family.decoder) if inside else None
-        self._shortens = len(inside) < len(self._steps)
+        self._vision = VisionSite(reducer, family) if len(inside) < len(self._steps) else None
         self._images: list[tuple[Grid, ...]] = []
 
     @property
@@ -112,9 +109,12 @@ class Attachment:
         wrapped = {"forward": self._forward, "generate": self._generate}
         own = {name: vars(self.model)[name] for name in wrapped if name in vars(self.model)}
         try:
-            with taps.installed(self._tapped()), self._decoder.installed() if self._decoder else nullcontext():
+            with (
+                self._vision.installed() if self._vision else nullcontext(),
+                self._decoder.installed() if self._decoder else nullcontext(),
+            ):
                 for name, wrapper in wrapped.items():
-                    setattr(self.model, name, _bound(wrapper, getattr(self.model, name)))
+                    setattr(self.model, name, method(wrapper, getattr(self.model, name)))
                 try:
                     yield
                 finally:
@@ -135,7 +135,7 @@ class Attachment:
         cache: Any = inputs.get("past_key_values")
         if self._reduces(inputs):
             self._refuse_what_forward_cannot_do(inputs)
-            if not self._shortens:
+            if self._vision is None:
                 return self._run(original, inputs)
             prompt, inputs = self._shortened(inputs, padding_counts=True)
         elif (earlier := getattr(cache, _PROMPT, None)) is not None:
@@ -158,7 +158,7 @@ class Attachment:
             inputs["input_ids"] = inputs.pop("inputs")
         self._refuse_hidden_tokens(inputs)
         earlier = getattr(inputs.get("past_key_values"), _PROMPT, None)
-        if self._reduces(inputs) and self._shortens:
+        if self._reduces(inputs) and self._vision is not None:
             prompt, inputs = self._shortened(inputs, padding_counts=False)
         elif earlier is not None:
             prompt = earlier.extended(inputs["input_ids"][:, earlier.full.shape[1] :], inputs.get("attention_mask"))
@@ -213,12 +213,13 @@ class Attachment:
         if cache is not None and cache.get_seq_length():
             raise ValueError("pictures in a later turn need the whole conversation again: call without past_key_values")
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-        images = reduce_images(self.reducer, self.family, inputs)
+        assert self._vision is not None
+        images = self._vision.reduce(inputs)
         rows = self._rows(inputs, [image.grid for image in images])
         kept, features = [], []
         for start, end in rows:
             offsets = itertools.accumulate((len(image.grid) for image in images[start:end]), initial=0)
-            places = [image.index + offset for image, offset in zip(images[start:end], offsets, strict=False)]
+            places = [image.places() + offset for image, offset in zip(images[start:end], offsets, strict=False)]
             kept.append(torch.cat([ids.new_empty(0), *(place.to(ids.device) for place in places)]))
             features.append([image.features for image in images[start:end] if image.features is not None])
         prompt = shorten(ids, mask, self.family.placeholder, kept, self._pad(ids, mask))
@@ -299,7 +300,7 @@ class Attachment:
         same."""
         if not any(inputs.get(name) is not None for name in self.family.vision_inputs):
             return False
-        if not self._shortens:
+        if self._vision is None:
             grids, mask, ids = self.family.grids(inputs), inputs.get("attention_mask"), inputs["input_ids"]
             lengths = (torch.ones_like(ids) if mask is None else mask.long()).sum(-1).tolist()
             self._record(self._rows(inputs, grids), [(grid, (), len(grid)) for grid in grids], lengths)
@@ -328,7 +329,7 @@ class Attachment:
                 raise ValueError(
                     f"{name} acts {type(step).__name__}, which {family} models cannot host; they host {hosted}"
                 )
-            known = DECODER_SIGNALS if isinstance(step, AtDecoder) else (EncoderAttention, EncoderHidden)
+            known = DECODER_SIGNALS if isinstance(step, AtDecoder) else VISION_SIGNALS
             for signal in step.sees:
                 if not isinstance(signal, known):
                     raise ValueError(f"{name} asks to see {signal}, which {family} models cannot show")
@@ -337,10 +338,6 @@ class Attachment:
         order = [family_sites.index(type(step)) for step in self._steps]
         if order != sorted(order):
             raise ValueError(f"{name}: steps must be in the order of the sites, from the input to the decoder")
-
-    def _tapped(self) -> list[nn.Module]:
-        signals = [signal for step in self._steps for signal in step.sees if isinstance(signal, EncoderAttention)]
-        return [attention_module(self.family, signal) for signal in signals]
 
 
 def with_decoder_steps(sample: SampleReduction, prefill: Prefill, row: int, layers: int) -> SampleReduction:
@@ -362,7 +359,7 @@ def with_decoder_steps(sample: SampleReduction, prefill: Prefill, row: int, laye
     return replace(sample, images=tuple(images), lengths=lengths)
 
 
-def _bound(wrapper: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+def method(wrapper: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
     """``wrapper(original, inputs)`` as a method: every argument goes by its name, however the caller passed it."""
     signature = inspect.signature(original)
     extra = next(name for name, parameter in signature.parameters.items() if parameter.kind is parameter.VAR_KEYWORD)

@@ -52,14 +52,31 @@ class ModelFamily(ABC):
     def decoder(self) -> nn.Module:
         """The language model's stack: the module that holds ``layers``, ``norm`` and ``rotary_emb``."""
 
+    @property
+    @abstractmethod
+    def projector(self) -> nn.Module:
+        """The module that takes the encoder's features ``(images, tokens, dim)`` to the language model's width."""
+
+    @property
+    @abstractmethod
+    def feature_layer(self) -> int:
+        """The 0-based encoder layer whose output the projector takes."""
+
+    @abstractmethod
+    def encoder_layers(self) -> Sequence[Any]:
+        """The vision encoder's layers."""
+
     @abstractmethod
     def encoder_attention(self) -> Sequence[nn.Module]:
         """The vision encoder's self-attention modules, one a layer."""
 
     @abstractmethod
-    def encode(self, inputs: Inputs, hidden_states: bool) -> tuple[list[Tensor], Sequence[Tensor]]:
-        """The projected features of every image, ``(tokens, dim)`` each, and, where asked for, the encoder's hidden
-        states: ``(images, sequence, dim)`` before its first layer and after every one."""
+    def encode(self, inputs: Inputs) -> Sequence[Tensor]:
+        """The projected features of every image, ``(tokens, dim)`` each."""
+
+    @abstractmethod
+    def some(self, inputs: Inputs, images: slice) -> Inputs:
+        """The vision inputs of some of the images alone."""
 
     @abstractmethod
     def fingerprint(self, inputs: Inputs, index: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +13,14 @@ from transformers import PreTrainedModel
 
 from tokenreduce.flops import encoder_layer_flops
 from tokenreduce.models.family import Inputs, ModelFamily
-from tokenreduce.reducer import AtDecoder, AtInput, AtProjector, Geometry, Grid
+from tokenreduce.reducer import AtDecoder, AtEncoder, AtEncoderOutput, AtInput, AtProjector, Geometry, Grid
 
 
 class Llava(ModelFamily):
     """LLaVA-1.5 with a CLIP (class token dropped) or SigLIP vision tower."""
 
     classes = ("LlavaForConditionalGeneration",)
-    sites = (AtInput, AtProjector, AtDecoder)
+    sites = (AtInput, AtEncoder, AtEncoderOutput, AtProjector, AtDecoder)
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
@@ -59,18 +60,32 @@ class Llava(ModelFamily):
     def decoder(self) -> nn.Module:
         return self.model.base_model.language_model
 
-    def encoder_attention(self) -> Sequence[nn.Module]:
-        tower = self.model.base_model.vision_tower
-        return [module for name, module in tower.named_modules() if name.endswith(".self_attn")]
+    @property
+    def projector(self) -> nn.Module:
+        return self.model.base_model.multi_modal_projector
 
-    def encode(self, inputs: Inputs, hidden_states: bool) -> tuple[list[Tensor], Sequence[Tensor]]:
+    @property
+    def feature_layer(self) -> int:
+        layer = self.model.config.vision_feature_layer
+        if not isinstance(layer, int):
+            raise ValueError(f"vision_feature_layer={layer} takes features from several layers, which has no one layer")
+        return layer - 1 if layer > 0 else self.geometry.encoder_layers + layer
+
+    def encoder_layers(self) -> Sequence[Any]:
+        modules = self.model.base_model.vision_tower.named_modules()
+        return next(module for name, module in modules if name.endswith("encoder.layers"))
+
+    def encoder_attention(self) -> Sequence[nn.Module]:
+        return [layer.self_attn for layer in self.encoder_layers()]
+
+    def encode(self, inputs: Inputs) -> Sequence[Tensor]:
         pixels = inputs["pixel_values"]
         size = self.model.config.vision_config.image_size
-        options: dict[str, bool] = {} if pixels.shape[-2:] == (size, size) else {"interpolate_pos_encoding": True}
-        if hidden_states:
-            options["output_hidden_states"] = True
-        output = self.model.base_model.get_image_features(pixel_values=pixels, return_dict=True, **options)
-        return list(output.pooler_output), output.hidden_states
+        options = {} if pixels.shape[-2:] == (size, size) else {"interpolate_pos_encoding": True}
+        return self.model.base_model.get_image_features(pixel_values=pixels, return_dict=True, **options).pooler_output
+
+    def some(self, inputs: Inputs, images: slice) -> Inputs:
+        return {"pixel_values": inputs["pixel_values"][images]}
 
     def fingerprint(self, inputs: Inputs, index: int) -> int:
         pixels = inputs["pixel_values"][index].detach().cpu().contiguous()

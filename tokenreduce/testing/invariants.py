@@ -16,8 +16,21 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from tokenreduce.attach import Attachment, reduce_tokens
-from tokenreduce.attach.images import ReducedImage, reduce_images
-from tokenreduce.reducer import AtProjector, Geometry, Selection, Span, Step, TokenReducer, VisualTokens
+from tokenreduce.attach.vision import VisionSite
+from tokenreduce.models.family import family_of
+from tokenreduce.reducer import (
+    AtDecoder,
+    AtInput,
+    AtProjector,
+    Geometry,
+    Selection,
+    Span,
+    Step,
+    TokenReducer,
+    VisualTokens,
+    layer_index,
+)
+from tokenreduce.registry import MODELS
 
 Inputs = Mapping[str, Any]
 
@@ -28,13 +41,36 @@ class InvariantError(AssertionError):
 
 @dataclass(frozen=True)
 class Identity(TokenReducer):
-    """Keeps every token, going the whole way through selecting, gathering and repacking; no shortcut is taken."""
+    """Keeps every token at ``site``, going the whole way through watching, selecting, gathering and repacking."""
+
+    site: Step = AtProjector(1.0)
 
     def steps(self, geometry: Geometry) -> list[Step]:
-        return [AtProjector(1.0)]
+        return [self.site]
 
     def select(self, step: Step, tokens: VisualTokens) -> Selection:
+        for signal in step.sees:
+            tokens[signal]
         return Selection(torch.arange(len(tokens), device=tokens.features.device))
+
+
+@dataclass(frozen=True)
+class _Recorded(TokenReducer):
+    """Another reducer, whose selections are written down."""
+
+    inner: TokenReducer
+    log: list[tuple[Step, Selection]]
+
+    def steps(self, geometry: Geometry) -> Sequence[Step]:
+        return self.inner.steps(geometry)
+
+    def count(self, step: Step, span: Span) -> int | None:
+        return self.inner.count(step, span)
+
+    def select(self, step: Step, tokens: VisualTokens) -> Selection:
+        selection = self.inner.select(step, tokens)
+        self.log.append((step, selection))
+        return selection
 
 
 def check_reducer(reducer: TokenReducer, model: PreTrainedModel, inputs: Inputs) -> None:
@@ -45,11 +81,12 @@ def check_reducer(reducer: TokenReducer, model: PreTrainedModel, inputs: Inputs)
 
 def identity_changes_nothing(reducer: TokenReducer, model: PreTrainedModel, inputs: Inputs) -> None:
     """Keeping everything gives the plain model's logits and tokens, bit for bit, and so does watching alone."""
-    plain = _logits(model, inputs)
-    tokens = _generate(model, inputs)
-    with reduce_tokens(model, Identity(positions=reducer.positions)):
-        _same(plain, _logits(model, inputs), "logits under the identity reducer")
-        _same(tokens, _generate(model, inputs), "tokens under the identity reducer")
+    plain, tokens = _logits(model, inputs), _generate(model, inputs)
+    sites = [replace(step, keep=1.0) for step in _steps(reducer, model) if not isinstance(step, AtInput)]
+    for site in sites or [AtProjector(1.0)]:
+        with reduce_tokens(model, Identity(site=site, positions=reducer.positions)):
+            _same(plain, _logits(model, inputs), f"logits under the identity reducer at {site}")
+            _same(tokens, _generate(model, inputs), f"tokens under the identity reducer at {site}")
 
 
 def model_is_left_untouched(reducer: TokenReducer, model: PreTrainedModel, inputs: Inputs) -> None:
@@ -125,18 +162,12 @@ def runs_repeat(reducer: TokenReducer, model: PreTrainedModel, inputs: Inputs) -
 
 
 def equals_the_literal_sequence(reducer: TokenReducer, model: PreTrainedModel, inputs: Inputs) -> None:
-    """The language model computes what it computes on the tokens that stay, put together by hand, one sample at a
-    time."""
+    """The language model computes what a plain loop over its layers computes on the tokens that stay, sample by sample."""
     with reduce_tokens(model, reducer) as attachment:
         reduced = _logits(model, inputs)[:, 0]
         rows = list(_rows(inputs, attachment))
-        reductions = [reduce_images(reducer, attachment.family, row) if "pixel_values" in row else [] for row in rows]
-    for row, (single, images) in enumerate(zip(rows, reductions, strict=True)):
-        _close(
-            _literal(model, single, images, reducer),
-            reduced[row],
-            f"logits of sample {row} against the literal sequence",
-        )
+    for row, single in enumerate(rows):
+        _close(_literal(model, single, reducer), reduced[row], f"logits of sample {row} against the literal sequence")
 
 
 def dropping_equals_masking(reducer: TokenReducer, model: PreTrainedModel, inputs: Inputs) -> None:
@@ -218,33 +249,67 @@ def _places(attachment: Attachment) -> list[Tensor]:
     return rows
 
 
-def _literal(model: PreTrainedModel, single: Inputs, images: Sequence[ReducedImage], reducer: TokenReducer) -> Tensor:
-    """The last logits of one sample, ``(vocabulary,)``, from embeddings and position ids that are put together by
-    hand."""
-    ids = single["input_ids"][0]
-    embeddings, positions = [], []
-    queue = list(images)
-    column = 0
+def _literal(model: PreTrainedModel, single: Inputs, reducer: TokenReducer) -> Tensor:
+    """The last logits of one sample, ``(vocabulary,)``: embeddings, position ids and layers put together by hand."""
+    log: list[tuple[Step, Selection]] = []
+    with reduce_tokens(model, _Recorded(inner=reducer, log=log, positions=reducer.positions)) as attachment:
+        _logits(model, single)
+    inside = [(step, selection) for step, selection in log if isinstance(step, AtDecoder)]
+    site = VisionSite(reducer, attachment.family)
+    images = []
+    if "pixel_values" in single:
+        with site.installed(), torch.no_grad():
+            images = site.reduce(single)
+    ids, placeholder = single["input_ids"][0], attachment.family.placeholder
+    embeddings, positions, visual, column = [], [], [], 0
     while column < len(ids):
-        if ids[column] == model.config.image_token_id:
-            image = queue.pop(0)
-            if image.features is not None:
-                embeddings += list(image.features)
-            positions += [column + place for place in image.index.tolist()]
-            column += len(image.grid)
-        else:
-            embeddings.append(model.get_input_embeddings()(ids[column]))
+        if ids[column] != placeholder:
+            embeddings.append(model.get_input_embeddings()(ids[column])[None])
             positions.append(column)
             column += 1
-    if reducer.positions == "compact":
-        positions = list(range(len(embeddings)))
+            continue
+        image = images.pop(0)
+        if image.features is not None:
+            embeddings.append(image.features)
+        visual += range(len(positions), len(positions) + len(image.index))
+        positions += [column + place for place in image.places().tolist()]
+        column += len(image.grid)
+    compact = reducer.positions == "compact"
+    decoder: Any = attachment.family.decoder
     with torch.no_grad():
-        hidden = model.base_model.language_model(
-            inputs_embeds=torch.stack(embeddings)[None],
-            attention_mask=torch.ones(1, len(embeddings), dtype=torch.long, device=ids.device),
-            position_ids=torch.tensor([positions], device=ids.device),
-        ).last_hidden_state
-        return model.lm_head(hidden[0, -1])
+        hidden = torch.cat(embeddings)[None]
+        for number, layer in enumerate(decoder.layers):
+            for step, selection in inside:
+                if layer_index(step.layer, len(decoder.layers)) != number:
+                    continue
+                rows = hidden[0, visual][selection.index] if selection.features is None else selection.features
+                kept = [visual[place] for place in sorted(selection.index.tolist())]
+                stays = [slot for slot in range(len(positions)) if slot not in visual or slot in kept]
+                hidden[0, kept] = rows
+                hidden, positions = hidden[:, stays], [positions[slot] for slot in stays]
+                visual = [stays.index(slot) for slot in kept]
+            places = torch.arange(len(positions)) if compact else torch.tensor(positions)
+            places = places[None].to(hidden.device)
+            hidden = layer(
+                hidden,
+                attention_mask=_triangle(hidden, decoder.config._attn_implementation),
+                position_ids=places,
+                position_embeddings=decoder.rotary_emb(hidden, places),
+            )
+        return model.lm_head(decoder.norm(hidden)[0, -1])
+
+
+def _triangle(hidden: Tensor, kernel: str) -> Tensor | None:
+    """The causal mask where the attention kernel needs one to be given."""
+    if kernel != "eager":
+        return None
+    length = hidden.shape[1]
+    refused = torch.ones(length, length, dtype=torch.bool, device=hidden.device).triu(1)
+    return torch.zeros_like(refused, dtype=hidden.dtype).masked_fill(refused, torch.finfo(hidden.dtype).min)[None, None]
+
+
+def _steps(reducer: TokenReducer, model: PreTrainedModel) -> Sequence[Step]:
+    return reducer.steps(family_of(model, MODELS.usable()).geometry)
 
 
 def _same(expected: Tensor, found: Tensor, what: str) -> None:
