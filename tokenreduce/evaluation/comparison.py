@@ -215,7 +215,7 @@ class _Comparison:
             times = first_token_times(self._model, by_prompt, prompts, pairs, runner.progress.advance)
         finally:
             runner.progress.finish()
-        runner.prompts.forget()
+        runner.forget()
         batch = answered[: self._settings.batch_size]
         inputs = runner.inputs(batch)
         memory: dict[str, int | None] = {}
@@ -247,15 +247,22 @@ class _Comparison:
             random = self._identity(create("random", seed=seed))["reducer"]
             # Which counts were matched is told by the run that they came from: it stays true when a limit is raised.
             described = {**random, "knobs": {**random["knobs"], "keep": f"as in {reduced.hash}"}}
-            runs.append(self._run(plan, name, phase, self._identity(same or described)))
+            runs.append(self._run(plan, name, phase, self._identity(same or described), share_vision=len(seeds) > 1))
         knobs = {"keep": next(iter(kept)) if len(kept) == 1 else "as the reducer", "seeds": len(seeds)}
         return Method("random", knobs, runs, matched[0])
 
-    def _run(self, reducer: TokenReducer | ReducerFor, name: str, phase: str, identity: Mapping[str, Any]) -> Run:
+    def _run(
+        self,
+        reducer: TokenReducer | ReducerFor,
+        name: str,
+        phase: str,
+        identity: Mapping[str, Any],
+        share_vision: bool = False,
+    ) -> Run:
         digest = content_hash(identity)
         folder = self._settings.output / f"{name}-{digest}"
         _write_config(folder, digest, identity, overwrite=False)
-        records = self._runner.run(reducer, folder, phase)
+        records = self._runner.run(reducer, folder, phase, share_vision=share_vision)
         return Run(folder, digest, identity, {record.id: record for record in records})
 
     def _identity(self, reducer: TokenReducer | Mapping[str, Any]) -> dict[str, Any]:

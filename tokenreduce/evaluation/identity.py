@@ -33,6 +33,7 @@ _CORE = (
     "models",
     "evaluation/prompts.py",
     "evaluation/run.py",
+    "evaluation/vision.py",
 )
 """Parts of this package that a run's answers come from: while they are worked on, the version alone does not tell."""
 

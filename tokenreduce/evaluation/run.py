@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from tokenreduce.evaluation.clock import attached
 from tokenreduce.evaluation.progress import Progress, Silent
 from tokenreduce.evaluation.prompts import PLACE, Prompts
 from tokenreduce.evaluation.records import ImageRecord, Record, RecordFile, StepRecord, in_order, storage
+from tokenreduce.evaluation.vision import VisionMemory
 from tokenreduce.reducer import TokenReducer
 
 ReducerFor = Callable[[str], TokenReducer]
@@ -94,6 +95,8 @@ class Runner:
         self.total = min(len(benchmark), limit or len(benchmark))
         self.progress = progress or Silent()
         self._available = len(benchmark)
+        self._vision = VisionMemory(model)
+        self._share_vision = False
 
     def samples(self) -> list[Sample]:
         """The samples of the run. Raises ``ValueError`` where two have the same id."""
@@ -103,8 +106,16 @@ class Runner:
             raise ValueError(f"{times} samples have the id {most!r}: ids must be unique, records are kept by them")
         return samples
 
-    def run(self, reducer: TokenReducer | ReducerFor, folder: Path, phase: str = "samples") -> list[Record]:
-        """The records of one run; see :func:`evaluate`."""
+    def run(
+        self,
+        reducer: TokenReducer | ReducerFor,
+        folder: Path,
+        phase: str = "samples",
+        *,
+        share_vision: bool = False,
+    ) -> list[Record]:
+        """The records of one run; see :func:`evaluate`. ``share_vision``: see :class:`VisionMemory`."""
+        self._share_vision = share_vision
         reducer_for = (lambda _: reducer) if isinstance(reducer, TokenReducer) else reducer
         ids = [sample.id for sample in self.samples()]
         with locked(folder, self.progress), RecordFile(folder) as file:
@@ -166,7 +177,8 @@ class Runner:
     def _answered(self, samples: Sequence[Sample], reducer: TokenReducer) -> list[Record]:
         inputs = self.inputs(samples)
         started = time.perf_counter()
-        with attached(self.model, reducer) as reduction:
+        shared = self._vision.recalled([sample.id for sample in samples]) if self._share_vision else nullcontext()
+        with shared, attached(self.model, reducer) as reduction:
             tokens = self.generate(inputs)
             reductions: list[SampleReduction] = list(reduction.samples)
         answers = self.prompts.answers(tokens[:, inputs["input_ids"].shape[1] :])
@@ -174,6 +186,11 @@ class Runner:
         costs = prefill_cost(self.model, reductions)
         scores = [self.prompts.score(answer, sample) for answer, sample in zip(answers, samples, strict=True)]
         return [_record(*parts, seconds) for parts in zip(samples, answers, scores, reductions, costs, strict=True)]
+
+    def forget(self) -> None:
+        """Drop the inputs and features that are kept in memory."""
+        self.prompts.forget()
+        self._vision.forget()
 
     def inputs(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
         """One batch on the model's device, in its precision."""
