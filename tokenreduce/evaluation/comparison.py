@@ -1,7 +1,14 @@
 """The whole comparison: a reducer beside the unreduced model and beside random selection at the same counts.
 
-Every method's answers are a run of its own, found again by its content hash; the time to first token and the memory
-are always measured anew, side by side. The result is ``metrics.json``, which needs no model to be read.
+Every method's answers are a run of its own, found again by its content hash; the time to first token and the memory are
+always measured anew, side by side. The result is ``metrics.json``, which needs no model to be read:
+
+- ``run``: the reducer's ``hash``, ``folder`` and ``identity``; ``settings``: those of the comparison.
+- ``benchmark``: its ``name``, how many ``samples`` of how many ``images`` every method answered (only these are
+  compared), by ``categories``; ``errors`` counts the others and ``failed`` lists them.
+- ``methods``: one row each for ``unreduced``, ``reducer`` and ``random``, in this order. The second is absent where the
+  reducer is ``none``, the third where nothing was dropped or no draws were asked for. An estimate is ``value``, ``low``
+  and ``high``; counts, FLOPs and bytes are means over samples, times are seconds.
 """
 
 from __future__ import annotations
