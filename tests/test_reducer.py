@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from tokenreduce import create
-from tokenreduce.reducer import Grid, VisualTokens, best, layer_index, tokens_to_keep
-from tokenreduce.reducer import Span as TokenSpan
+from tokenreduce.reducer import Geometry, Grid, Span, VisualTokens, best, layer_index, tokens_to_keep
+
+SPAN = Span(Geometry(4, 4, 2, True), (Grid(3, 3),), 9, 9)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +96,7 @@ def test_a_layer_that_does_not_exist_is_refused(layer: float) -> None:
 
 def test_randomness_comes_from_the_seed_and_the_picture() -> None:
     def draw(seed: int, picture: int) -> list[int]:
-        tokens = VisualTokens(torch.zeros(9, 1), TokenSpan((Grid(3, 3),), 9, 9), 4, fingerprint=lambda: picture)
+        tokens = VisualTokens(torch.zeros(9, 1), SPAN, 4, fingerprint=lambda: picture)
         return torch.randperm(9, generator=tokens.generator(seed)).tolist()
 
     assert draw(0, 1) == draw(0, 1)
@@ -104,6 +105,6 @@ def test_randomness_comes_from_the_seed_and_the_picture() -> None:
 
 
 def test_an_undeclared_signal_is_refused() -> None:
-    tokens = VisualTokens(torch.zeros(9, 1), TokenSpan((Grid(3, 3),), 9, 9), 4)
+    tokens = VisualTokens(torch.zeros(9, 1), SPAN, 4)
     with pytest.raises(KeyError, match="list it in the step's `sees`"):
         tokens["anything"]

@@ -27,6 +27,15 @@ def check_knob_names(cls: type, knobs: dict[str, Any]) -> None:
             raise ValueError(f"{cls.__name__} has no knob {name!r}: {nearest(name, known)}")
 
 
+def with_tuples(cls: type, knobs: dict[str, Any]) -> dict[str, Any]:
+    """The knobs, with lists (which is what configuration files hold) made tuples where the field declares one."""
+    hints = get_type_hints(cls)
+    return {
+        name: tuple(value) if isinstance(value, list) and get_origin(hints[name]) is tuple else value
+        for name, value in knobs.items()
+    }
+
+
 def check_knobs(instance: Any) -> None:
     """Raise ``ValueError`` for a field of a dataclass instance whose value does not fit its declared type."""
     hints = get_type_hints(type(instance))

@@ -76,12 +76,14 @@ class Grid:
 class Geometry:
     """What a model says about itself before anything is computed.
 
-    ``class_token`` tells whether the encoder's sequence begins with one; ``decoder_layers`` counts the language
-    model's layers.
+    encoder_layers, decoder_layers: how deep the vision encoder and the language model are.
+    feature_layer: the 0-based encoder layer whose output the projector takes.
+    class_token:   whether the encoder's sequence begins with one.
     """
 
     encoder_layers: int
     decoder_layers: int
+    feature_layer: int
     class_token: bool
 
 
@@ -89,10 +91,13 @@ class Geometry:
 class Span:
     """The visual tokens that one selection is about: one image's, or a whole sample's.
 
-    ``grids`` holds the layout of every image in it, ``entered`` counts the tokens that came into the reducer and
-    ``current`` those that are left at this step (equal at the first step).
+    geometry: the model's.
+    grids:    the layout of every image in it, as it entered.
+    entered:  how many tokens entered: the vision encoder, or the language model where the step is inside that.
+    current:  how many are left at this step.
     """
 
+    geometry: Geometry
     grids: tuple[Grid, ...]
     entered: int
     current: int
@@ -105,7 +110,7 @@ class Span:
         return self.grids[0]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Step:
     """One place where a reducer acts. ``keep`` is what :meth:`TokenReducer.count` reads; ``sees`` lists the signals
     it needs."""
@@ -114,38 +119,38 @@ class Step:
     sees: tuple[Hashable, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AtInput(Step):
     """Before the vision tower: the picture itself is made smaller, so that it gives ``count`` tokens; 0 takes it
     away."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AtEncoder(Step):
-    """Inside the vision encoder: after the attention of ``layer`` and before its feed-forward network, or after the block.
+    """Inside the vision encoder: after the attention of ``layer``, before its feed-forward network, or after the block.
 
     Sees one image at a time. A class token stays in the sequence and is not among the tokens that are shown.
     """
 
-    layer: Layer = 0
+    layer: Layer
     where: Literal["attention", "block"] = "block"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AtEncoderOutput(Step):
     """Between the vision encoder and the projector, on the features that it takes. Sees one image at a time."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AtProjector(Step):
     """After the projector: between the vision side and the language model. Sees one image at a time."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AtDecoder(Step):
     """At the input of one layer of the language model, in prefill. Sees all visual tokens of a sample at once."""
 
-    layer: Layer = 0
+    layer: Layer
 
 
 @dataclass
@@ -166,6 +171,11 @@ class Selection:
     size: Tensor | None = None
     carry: Any = None
 
+    @classmethod
+    def everything(cls, tokens: VisualTokens, carry: Any = None) -> Selection:
+        """Keep all: a step that only looks."""
+        return cls(torch.arange(len(tokens), device=tokens.features.device), carry=carry)
+
     def sources(self, entering: int) -> Tensor:
         """``source``, or the one that plain dropping implies: ``(entering,)`` long."""
         if self.source is not None:
@@ -179,9 +189,9 @@ class VisualTokens:
     """The visual tokens of one :class:`Span` at one step, and the signals that the step asked for.
 
     features: ``(n, dim)``, the tokens as they are at this site.
-    index:    ``(n,)`` long, their places among the tokens that entered the reducer.
+    index:    ``(n,)`` long, their places among the tokens that entered.
     span:     the layout and the counts.
-    keep:     how many to keep, or None for an adaptive step.
+    keep:     how many to keep. Raises ``ValueError`` at a step whose count is None.
     carried:  what the previous step's :class:`Selection` carried, None at the first.
 
     ``tokens[signal]`` hands over a declared signal; it is computed at that moment.
@@ -200,11 +210,22 @@ class VisualTokens:
     ) -> None:
         self.features = features
         self.span = span
-        self.keep = keep
+        self._keep = keep
         self.index = torch.arange(len(features), device=features.device) if index is None else index
         self.carried = carried
         self._signals = signals
         self._fingerprint = fingerprint
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the method itself decides how many to keep."""
+        return self._keep is None
+
+    @property
+    def keep(self) -> int:
+        if self._keep is None:
+            raise ValueError("this step is adaptive: its count is None, so nothing says how many to keep")
+        return self._keep
 
     def __len__(self) -> int:
         return len(self.features)
@@ -245,10 +266,9 @@ class TokenReducer(ABC):
         method."""
         return None if step.keep is None else tokens_to_keep(step.keep, span.entered)
 
-    @abstractmethod
     def select(self, step: Step, tokens: VisualTokens) -> Selection:
-        """Choose; the result has exactly ``tokens.keep`` rows unless that is None. Never called for
-        :class:`AtInput`."""
+        """Choose: exactly ``tokens.keep`` rows unless the step is adaptive. Not called for :class:`AtInput`."""
+        raise TypeError(f"{type(self).__name__} has no step at which there are visual tokens to choose from")
 
     @classmethod
     def summary(cls) -> str:
@@ -268,8 +288,6 @@ class ScoreReducer(TokenReducer):
         """``(n,)``, higher is better. Equal scores go to the token that comes first."""
 
     def select(self, step: Step, tokens: VisualTokens) -> Selection:
-        if tokens.keep is None:
-            raise ValueError(f"{type(self).__name__} keeps the best, so its steps must say how many")
         return Selection(best(self.score(tokens), tokens.keep))
 
 
@@ -328,5 +346,5 @@ def tokens_to_keep(keep: Keep, total: int, rounding: Rounding = "floor") -> int:
         case "ceil":
             count = math.ceil(exact - 1e-6)
         case "round":
-            count = math.floor(exact + 0.5)
+            count = math.floor(exact + 0.5 + 1e-6)
     return min(total, max(1, count))

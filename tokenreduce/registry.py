@@ -14,7 +14,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
 from tokenreduce.benchmarks.benchmark import Benchmark
-from tokenreduce.knobs import check_knob_names, nearest
+from tokenreduce.knobs import check_knob_names, nearest, with_tuples
 from tokenreduce.models.family import ModelFamily
 from tokenreduce.reducer import TokenReducer
 
@@ -70,7 +70,7 @@ class Registry(Generic[T]):
         not fit."""
         cls = self.get(name)
         check_knob_names(cls, knobs)
-        return cls(**knobs)
+        return cls(**with_tuples(cls, knobs))
 
     def name_of(self, instance: T) -> str:
         """The name under which the class of ``instance`` is registered, else the class's own name."""

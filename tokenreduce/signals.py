@@ -110,7 +110,7 @@ class Attention:
 
         The softmax always runs over the whole sequence; heads are added one after the other.
         """
-        queries, keys = self.visual if queries is None else queries, self.visual if keys is None else keys
+        queries, keys = self.visual if queries is None else queries, _many(self.visual if keys is None else keys)
         total = self._scores(0, queries)[0].softmax(-1)[:, keys]
         for head in range(1, self.queries.shape[0]):
             total = total + self._scores(head, queries)[0].softmax(-1)[:, keys]
@@ -118,7 +118,7 @@ class Attention:
 
     def _scores(self, head: int, queries: Rows) -> Tensor:
         """One head's logits in float32: ``(1, rows, keys)``."""
-        queries = slice(queries, queries + 1 or None) if isinstance(queries, int) else queries
+        queries = _many(queries)
         groups = self.queries.shape[0] // self.keys.shape[0]
         logits = (self.queries[head][queries].float() * self.scale) @ self.keys[head // groups].float().T
         if self.mask is not None:
@@ -128,3 +128,8 @@ class Attention:
             places = torch.arange(self.keys.shape[1], device=logits.device)
             logits = logits.masked_fill(places > places[queries][:, None], -torch.inf)
         return logits[None]
+
+
+def _many(rows: Rows) -> slice | Tensor:
+    """One place as a stretch of one, so that no dimension is lost."""
+    return slice(rows, rows + 1 or None) if isinstance(rows, int) else rows

@@ -26,15 +26,7 @@ from tokenreduce.reducer import (
 
 
 @dataclass(frozen=True)
-class WithoutSelection(TokenReducer):
-    """A reducer that never chooses among computed tokens."""
-
-    def select(self, step: Step, tokens: VisualTokens) -> Selection:
-        raise TypeError(f"{type(self).__name__} has no step at which there are visual tokens to choose from")
-
-
-@dataclass(frozen=True)
-class NoReduction(WithoutSelection):
+class NoReduction(TokenReducer):
     """Keep every visual token: the unreduced model."""
 
     paper: ClassVar[str] = "baseline: the model as it is"
@@ -44,7 +36,7 @@ class NoReduction(WithoutSelection):
 
 
 @dataclass(frozen=True)
-class NoImage(WithoutSelection):
+class NoImage(TokenReducer):
     """Take the picture away: what the text alone gives."""
 
     paper: ClassVar[str] = "baseline: the question without its picture"
@@ -57,7 +49,7 @@ class NoImage(WithoutSelection):
 
 
 @dataclass(frozen=True)
-class Downsample(WithoutSelection):
+class Downsample(TokenReducer):
     """Make the picture smaller before the vision tower, so that it gives fewer tokens.
 
     The tokens kept form a grid of the picture's shape, so there may be a few less than ``keep`` allows.
@@ -68,7 +60,7 @@ class Downsample(WithoutSelection):
     keep: Keep = 0.25
 
     def steps(self, geometry: Geometry) -> list[Step]:
-        return [AtInput(self.keep)]
+        return [AtInput(keep=self.keep)]
 
     def count(self, step: Step, span: Span) -> int:
         return len(span.grid.fit(tokens_to_keep(self.keep, span.entered)))
@@ -84,7 +76,7 @@ class Random(ScoreReducer):
     seed: int = 0
 
     def steps(self, geometry: Geometry) -> list[Step]:
-        return [AtProjector(self.keep)]
+        return [AtProjector(keep=self.keep)]
 
     def score(self, tokens: VisualTokens) -> Tensor:
         drawn = torch.rand(len(tokens), generator=tokens.generator(self.seed))
@@ -100,12 +92,11 @@ class Uniform(TokenReducer):
     keep: Keep = 0.25
 
     def steps(self, geometry: Geometry) -> list[Step]:
-        return [AtProjector(self.keep)]
+        return [AtProjector(keep=self.keep)]
 
     def select(self, step: Step, tokens: VisualTokens) -> Selection:
-        count = tokens_to_keep(self.keep, tokens.span.entered)
-        stretches = torch.arange(count, device=tokens.features.device)
-        return Selection((2 * stretches + 1) * len(tokens) // (2 * count))
+        stretches = torch.arange(tokens.keep, device=tokens.features.device)
+        return Selection((2 * stretches + 1) * len(tokens) // (2 * tokens.keep))
 
 
 @dataclass(frozen=True)
@@ -120,7 +111,7 @@ class Pool(TokenReducer):
     keep: Keep = 0.25
 
     def steps(self, geometry: Geometry) -> list[Step]:
-        return [AtProjector(self.keep)]
+        return [AtProjector(keep=self.keep)]
 
     def count(self, step: Step, span: Span) -> int:
         return len(self._coarse(span))

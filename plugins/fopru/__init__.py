@@ -57,7 +57,7 @@ class FoPruRank(ScoreReducer):
     rounding: Rounding = "floor"
 
     def steps(self, geometry: Geometry) -> list[Step]:
-        return [AtProjector(self.keep, sees=(EncoderAttention(self.layer),))]
+        return [AtProjector(keep=self.keep, sees=(EncoderAttention(self.layer),))]
 
     def count(self, step: Step, span: Span) -> int:
         return tokens_to_keep(self.keep, span.entered, self.rounding)
@@ -80,7 +80,7 @@ class FoPruRow(TokenReducer):
     include_cls: bool = False
 
     def steps(self, geometry: Geometry) -> list[Step]:
-        return [AtProjector(self.keep, sees=(EncoderAttention(self.layer),))]
+        return [AtProjector(keep=self.keep, sees=(EncoderAttention(self.layer),))]
 
     def count(self, step: Step, span: Span) -> int:
         width = span.grid.width
@@ -94,6 +94,6 @@ class FoPruRow(TokenReducer):
         width = tokens.span.grid.width
         scores = significance(tokens[EncoderAttention(self.layer)], self.include_cls)
         row_scores = rearrange(scores, "(row column) -> row column", column=width).mean(dim=1)
-        rows = best(row_scores, self.count(step, tokens.span) // width)
+        rows = best(row_scores, tokens.keep // width)
         columns = torch.arange(width, device=rows.device)
         return Selection(rearrange(rows[:, None] * width + columns, "row column -> (row column)"))

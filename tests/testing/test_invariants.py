@@ -41,10 +41,10 @@ class _Bad(TokenReducer):
     """Breaks one promise a subclass."""
 
     def steps(self, geometry: Geometry) -> Sequence[Step]:
-        return [AtProjector(0.5)]
+        return [AtProjector(keep=0.5)]
 
     def select(self, step: Step, tokens: VisualTokens) -> Selection:
-        return Selection(torch.arange(tokens.keep or 0))
+        return Selection(torch.arange(tokens.keep))
 
 
 class _Forgetful(_Bad):
@@ -59,7 +59,7 @@ class _Greedy(_Bad):
 
     def select(self, step: Step, tokens: VisualTokens) -> Selection:
         type(self).calls = (type(self).calls + 1) % 4
-        return Selection(torch.arange(tokens.keep or 0) + type(self).calls)
+        return Selection(torch.arange(tokens.keep) + type(self).calls)
 
 
 class _Fickle(_Bad):
@@ -87,17 +87,17 @@ class _TooMany(_Bad):
 
 class _Twice(_Bad):
     def select(self, step: Step, tokens: VisualTokens) -> Selection:
-        return Selection(torch.zeros(tokens.keep or 0, dtype=torch.long))
+        return Selection(torch.zeros(tokens.keep, dtype=torch.long))
 
 
 class _Floating(_Bad):
     def select(self, step: Step, tokens: VisualTokens) -> Selection:
-        return Selection(torch.arange(tokens.keep or 0).float())
+        return Selection(torch.arange(tokens.keep).float())
 
 
 class _Misshapen(_Bad):
     def select(self, step: Step, tokens: VisualTokens) -> Selection:
-        return Selection(torch.arange(tokens.keep or 0), features=tokens.features)
+        return Selection(torch.arange(tokens.keep), features=tokens.features)
 
 
 @pytest.mark.parametrize(

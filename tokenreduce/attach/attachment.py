@@ -87,7 +87,7 @@ class Attachment:
         self._steps = list(reducer.steps(family.geometry))
         self._refuse_what_cannot_be_hosted()
         inside = [step for step in self._steps if isinstance(step, AtDecoder)]
-        self._decoder = DecoderSite(reducer, inside, family.decoder) if inside else None
+        self._decoder = DecoderSite(reducer, inside, family.decoder, family.geometry) if inside else None
         self._vision = VisionSite(reducer, family) if len(inside) < len(self._steps) else None
         self._images: list[tuple[Grid, ...]] = []
 
@@ -219,7 +219,7 @@ class Attachment:
         kept, features = [], []
         for start, end in rows:
             offsets = itertools.accumulate((len(image.grid) for image in images[start:end]), initial=0)
-            places = [image.places() + offset for image, offset in zip(images[start:end], offsets, strict=False)]
+            places = [image.placeholders() + offset for image, offset in zip(images[start:end], offsets, strict=False)]
             kept.append(torch.cat([ids.new_empty(0), *(place.to(ids.device) for place in places)]))
             features.append([image.features for image in images[start:end] if image.features is not None])
         prompt = shorten(ids, mask, self.family.placeholder, kept, self._pad(ids, mask))

@@ -20,15 +20,16 @@ def reduce_decoder_tokens(
 ) -> Iterator[list[Prefill]]:
     """Run the decoder steps of ``reducer`` in a plain causal language model.
 
-    ``visual_spans`` gives, for every row of the batch, the first column of its visual tokens and the one behind the last. Every
-    prefill within the context is written to the list that this yields. Raises ``ValueError`` for a step at another site.
+    ``visual_spans`` gives for every row the first column of its visual tokens and the one after the last. Yields a list
+    to which every prefill within the context is added. Raises ``ValueError`` for a reducer that acts at another site.
     """
     decoder: Any = model.get_decoder()
-    steps = reducer.steps(Geometry(encoder_layers=0, decoder_layers=len(decoder.layers), class_token=False))
+    geometry = Geometry(encoder_layers=0, decoder_layers=len(decoder.layers), feature_layer=0, class_token=False)
+    steps = reducer.steps(geometry)
     inside = [step for step in steps if isinstance(step, AtDecoder)]
     if len(inside) < len(steps):
         raise ValueError(f"{type(reducer).__name__} acts before the language model, which a bare decoder cannot host")
-    site = DecoderSite(reducer, inside, decoder)
+    site = DecoderSite(reducer, inside, decoder, geometry)
     prefills: list[Prefill] = []
 
     def forward(original: Callable[..., Any], inputs: dict[str, Any]) -> Any:

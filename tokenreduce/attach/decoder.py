@@ -1,14 +1,14 @@
 """Dropping visual tokens inside the language model, at the input of any decoder layer during prefill.
 
-Pre-hooks on the decoder layers shorten the hidden states at a cut, and hand every layer behind it position embeddings and a mask
-of the length that it really has. What was cut is remembered on the key-value cache, so that in decoding each layer gets a mask
-over its own, shorter cache. Nothing is kept between calls anywhere else.
+Pre-hooks on the decoder layers shorten the hidden states at a cut, and hand every layer behind it position embeddings
+and a mask of the length that it really has. What was cut is remembered on the key-value cache, so that in decoding each
+layer gets a mask over its own, shorter cache. Nothing is kept between calls anywhere else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +19,7 @@ from transformers import DynamicCache
 
 from tokenreduce.attach import taps
 from tokenreduce.attach.selecting import checked
-from tokenreduce.reducer import AtDecoder, Grid, Span, TokenReducer, VisualTokens, layer_index
+from tokenreduce.reducer import AtDecoder, Geometry, Grid, Span, TokenReducer, VisualTokens, layer_index
 from tokenreduce.signals import (
     Attention,
     DecoderAttention,
@@ -56,8 +56,11 @@ class Stage:
 class Row:
     """One sample's visual tokens on their way through the layers.
 
-    grids: its images; slots: ``(n,)`` where they stand in the current sequence; index: ``(n,)`` their places among those that
-    entered; source: for each that entered its place among the current ones, -1 for a dropped one.
+    grids:  its images.
+    slots:  ``(n,)`` where its tokens stand in the current sequence.
+    index:  ``(n,)`` their places among those that entered.
+    source: for each that entered its place among the current ones, -1 for a dropped one.
+    steps:  layer, index, source, and whether rows were merged, for every step so far.
     """
 
     grids: tuple[Grid, ...]
@@ -70,8 +73,12 @@ class Row:
 
 @dataclass
 class Prefill:
-    """One prefill: which columns of the prompt are no padding ``(rows, length)``, every row's visual tokens now, the columns where
-    they entered, the embeddings, and the stages so far."""
+    """One prefill in progress.
+
+    valid:   ``(rows, length)`` bool, false at padding.
+    rows:    every sample's visual tokens as they are now.
+    entered: every sample's columns of visual tokens as they were.
+    """
 
     valid: Tensor
     rows: list[Row]
@@ -92,7 +99,10 @@ class DecoderSite:
     ``decoder`` is the module that holds ``layers``, ``norm`` and ``rotary_emb``.
     """
 
-    def __init__(self, reducer: TokenReducer, steps: Sequence[AtDecoder], decoder: nn.Module) -> None:
+    def __init__(
+        self, reducer: TokenReducer, steps: Sequence[AtDecoder], decoder: nn.Module, geometry: Geometry
+    ) -> None:
+        self.geometry = geometry
         self.reducer = reducer
         self.decoder: Any = decoder
         self.layers: Sequence[Any] = decoder.layers  # type: ignore[assignment]
@@ -183,7 +193,7 @@ class DecoderSite:
             slots = stage.valid[number_of_row].clone()
             if len(row.slots):
                 signals = self._signals(prefill, stage, step, number_of_row, hidden, ahead)
-                span = Span(row.grids, len(prefill.entered[number_of_row]), len(row.slots))
+                span = Span(self.geometry, row.grids, len(prefill.entered[number_of_row]), len(row.slots))
                 tokens = VisualTokens(
                     hidden[number_of_row, row.slots],
                     span,
@@ -256,7 +266,7 @@ class DecoderSite:
 
     @staticmethod
     def _first(valid: Tensor, stage: Stage) -> Tensor:
-        """The columns of each row's first tokens, as many as are left: compact positions are those of a shorter prompt."""
+        """The columns of each row's first tokens, as many as are left: where a shorter prompt would stand."""
         starts = valid.long().argmax(-1, keepdim=True)
         return (starts + (stage.valid.long().cumsum(-1) - 1).clamp(min=0)).masked_fill(~stage.valid, 0)
 
@@ -366,16 +376,13 @@ class DecoderSite:
     @staticmethod
     def _look_ahead(layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> taps.Captured:
         """The queries and keys that ``layer`` would compute on these states; its attention itself is not run."""
-        with taps.capture([layer.self_attn], stop=True) as found:
-            try:
-                layer.self_attn(
-                    hidden_states=layer.input_layernorm(hidden),
-                    position_embeddings=kwargs["position_embeddings"],
-                    position_ids=kwargs["position_ids"],
-                    attention_mask=None,
-                )
-            except taps.Seen:
-                pass
+        with taps.capture([layer.self_attn], stop=True) as found, suppress(taps.Seen):
+            layer.self_attn(
+                hidden_states=layer.input_layernorm(hidden),
+                position_embeddings=kwargs["position_embeddings"],
+                position_ids=kwargs["position_ids"],
+                attention_mask=None,
+            )
         captured = found[layer.self_attn]
         assert captured is not None
         return captured

@@ -13,10 +13,10 @@ def checked(reducer: TokenReducer, step: Step, tokens: VisualTokens) -> Selectio
     name, index = type(reducer).__name__, selection.index
     if index.dtype != torch.long or index.ndim != 1:
         raise ValueError(f"{name} selected with a {index.dtype} index of shape {tuple(index.shape)}: give (k,) long")
-    if tokens.keep is not None and len(index) != tokens.keep:
+    if not tokens.adaptive and len(index) != tokens.keep:
         raise ValueError(f"{name} selected {len(index)} tokens where its count said {tokens.keep}")
     own = index if selection.features is None else index[index != -1]
-    if len(own) and not (0 <= int(own.min()) and int(own.max()) < len(tokens) and len(own.unique()) == len(own)):
+    if len(own) and not (int(own.min()) >= 0 and int(own.max()) < len(tokens) and len(own.unique()) == len(own)):
         raise ValueError(f"{name} selected a token twice or outside 0..{len(tokens) - 1}: {index.tolist()}")
     expected = (len(index), tokens.features.shape[-1])
     if selection.features is not None and tuple(selection.features.shape) != expected:

@@ -1,4 +1,4 @@
-"""Encoding the pictures of one call and letting a reducer choose among their visual tokens, on the way to the language model."""
+"""Encoding the pictures of one call and letting a reducer choose among their visual tokens, up to the projector."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ VISION_SIGNALS = (EncoderAttention, EncoderHidden, ClassToken, TokenSizes)
 class StepReduction:
     """What one step did to one image.
 
-    index:  the tokens that stay, in the image's own numbering; -1 for a row that stands for none, such as a class token.
+    index:  the tokens that stay, in the image's own numbering; -1 for a row that stands for none (a class token).
     source: for each of the image's tokens the row it went into, -1 for a dropped one.
     merged: whether rows are other than the tokens at ``index``.
     """
@@ -71,11 +71,17 @@ class ImageReduction:
 
 @dataclass
 class ReducedImage:
-    """One image on its way: ``index`` (k,) the tokens that are left, ``features`` (k, dim) at the projector, ``sizes`` (k,)
-    how many tokens were merged into each, or None while nothing was."""
+    """One image on its way.
+
+    grid: its layout; encoded: the layout that the vision tower sees, smaller where the picture was made smaller.
+    index: ``(k,)`` the tokens that are left; places: ``(k,)`` where they stand among what the tower gives.
+    features: ``(k, dim)`` at the projector; sizes: ``(k,)`` how many tokens were merged into each, None while none was.
+    """
 
     grid: Grid
+    encoded: Grid
     index: Tensor
+    places: Tensor
     features: Tensor | None = None
     sizes: Tensor | None = None
     steps: list[StepReduction] = field(default_factory=list)
@@ -85,15 +91,16 @@ class ReducedImage:
         """Note what one step selected."""
         entering = len(self.index)
         chosen = selection.index.to(self.index.device)
-        self.index = self.index[chosen.clamp(min=0)].masked_fill(chosen < 0, -1) if len(chosen) else chosen
+        self.index = _follow(self.index, chosen)
+        self.places = _follow(self.places, chosen)
         self.carried, self.sizes = selection.carry, selection.size
         before = self.steps[-1].source if self.steps else range(len(self.grid))
         source = selection.sources(entering).tolist()
         into = tuple(-1 if row < 0 else source[row] for row in before)
         self.steps.append(StepReduction(site, tuple(self.index.tolist()), into, selection.features is not None))
 
-    def places(self) -> Tensor:
-        """A placeholder for every row ``(k,)``: its own token's, and the first free ones for rows that stand for no token."""
+    def placeholders(self) -> Tensor:
+        """A placeholder for every row ``(k,)``: its token's own, and the first free ones for rows without a token."""
         homeless = self.index < 0
         if not bool(homeless.any()):
             return self.index
@@ -102,6 +109,11 @@ class ReducedImage:
         places = self.index.clone()
         places[homeless] = free.nonzero()[: int(homeless.sum()), 0]
         return places
+
+
+def _follow(values: Tensor, chosen: Tensor) -> Tensor:
+    """``values`` at ``chosen``, and -1 where that is -1."""
+    return values[chosen.clamp(min=0)].masked_fill(chosen < 0, -1) if len(chosen) else chosen
 
 
 @dataclass
@@ -134,7 +146,7 @@ class VisionSite:
         }
         self._hidden = {layer_index(signal.layer, depth) for signal in signals if isinstance(signal, EncoderHidden)}
         if any(isinstance(signal, ClassToken) for signal in signals):
-            self._hidden.add(family.feature_layer)
+            self._hidden.add(family.geometry.feature_layer)
         self._inside: dict[int, list[AtEncoder]] = {}
         for step in self.steps:
             if isinstance(step, AtEncoder):
@@ -163,7 +175,10 @@ class VisionSite:
 
     def reduce(self, inputs: Inputs) -> list[ReducedImage]:
         """Encode every image of the call and run the reducer's steps on it, up to the projector."""
-        images = [ReducedImage(grid, torch.arange(len(grid))) for grid in self.family.grids(inputs)]
+        images = [
+            ReducedImage(grid, grid, torch.arange(len(grid)), torch.arange(len(grid)))
+            for grid in self.family.grids(inputs)
+        ]
         for step in self.steps:
             if isinstance(step, AtInput):
                 inputs = self._resize(step, inputs, images)
@@ -179,6 +194,7 @@ class VisionSite:
     def _encode(self, encoding: _Encoding) -> None:
         for image in encoding.images:
             image.index = image.index.to(self.family.model.device)
+            image.places = image.places.to(self.family.model.device)
         token = self._current.set(encoding)
         try:
             with taps.capture(self._attention.values()) as encoding.attention:
@@ -194,12 +210,12 @@ class VisionSite:
     def _select(self, encoding: _Encoding, number: int, step: Step, site: str, features: Tensor) -> Tensor:
         """Run one step on one image; the features ``(k, dim)`` that it leaves of ``(n, dim)``."""
         image = encoding.images[number]
-        span = Span((image.grid,), len(image.grid), len(image.index))
+        span = Span(self.family.geometry, (image.encoded,), len(image.encoded), len(image.index))
         tokens = VisualTokens(
             features,
             span,
             self.reducer.count(step, span),
-            index=image.index,
+            index=image.places,
             signals=self._signals(encoding, number, step),
             fingerprint=lambda: self.family.fingerprint(encoding.inputs, number),
             carried=image.carried,
@@ -216,14 +232,14 @@ class VisionSite:
                 raise KeyError(f"{signal} was not declared: list it in the step's `sees`")
             match signal:
                 case EncoderAttention():
-                    return self._view(encoding.attention[self._attention[signal]], number)
+                    return self._view(encoding.attention[self._attention[signal]], number, image.places)
                 case EncoderHidden(layer=layer):
                     layer = layer_index(layer, self.family.geometry.encoder_layers)
-                    return encoding.hidden[layer][number, class_token:]
+                    return encoding.hidden[layer][number, class_token + image.places]
                 case ClassToken():
                     if not class_token:
                         raise ValueError(f"{type(self.family).__name__}'s vision encoder has no class token")
-                    return encoding.hidden[self.family.feature_layer][number, 0]
+                    return encoding.hidden[self.family.geometry.feature_layer][number, 0]
                 case TokenSizes():
                     return (
                         torch.ones(len(image.index), device=image.index.device) if image.sizes is None else image.sizes
@@ -232,7 +248,7 @@ class VisionSite:
 
         return value
 
-    def _view(self, captured: taps.Captured | None, number: int) -> Attention:
+    def _view(self, captured: taps.Captured | None, number: int, places: Tensor) -> Attention:
         if captured is None:
             raise RuntimeError(
                 "the vision encoder did not run through transformers' attention interface, so it cannot be seen"
@@ -243,7 +259,7 @@ class VisionSite:
             captured.keys[number],
             captured.values[number],
             captured.scale,
-            visual=slice(int(class_token), None),
+            visual=int(class_token) + places,
             class_token=0 if class_token else None,
             mask=None if mask is None else mask[number if len(mask) > 1 else 0, 0],
         )
@@ -253,17 +269,19 @@ class VisionSite:
         name = type(self.reducer).__name__
         targets: list[Grid | None] = []
         for image in images:
-            count = self.reducer.count(step, Span((image.grid,), len(image.grid), len(image.index)))
+            grid = image.encoded
+            count = self.reducer.count(step, Span(self.family.geometry, (grid,), len(grid), len(grid)))
             if count is None:
                 raise ValueError(f"{name}: a step at the input must say how many tokens it leaves")
-            targets.append(image.grid.fit(count) if count else None)
+            targets.append(grid.fit(count) if count else None)
         grids = [target for target in targets if target is not None]
         if len(grids) not in (0, len(images)):
             raise ValueError(f"{name} takes away some pictures of a call and keeps others, which is not supported")
         for image, target in zip(images, targets, strict=True):
-            nothing = torch.arange(0), torch.full((len(image.grid),), -1)
-            index, source = nothing if target is None else image.grid.cells(target)
+            nothing = torch.arange(0), torch.full((len(image.encoded),), -1)
+            index, source = nothing if target is None else image.encoded.cells(target)
             image.take("input", Selection(index, source=source))
+            image.encoded, image.places = target or image.encoded, torch.arange(len(index))
         return {**inputs, **self.family.resize(inputs, grids)} if grids else inputs
 
     # Inside the tower. The class token stays in the sequence and is not shown to the reducer.
@@ -292,7 +310,7 @@ class VisionSite:
         return hook
 
     def _after_mlp(self, mlp: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor | None:
-        """The layer adds its own, longer residual to what stands here; :meth:`_after_layer` puts the right sum in its place."""
+        """The layer adds its own, longer residual to this; :meth:`_after_layer` puts the right sum in its place."""
         encoding = self._current.get()
         if encoding is None:
             return None
@@ -319,6 +337,7 @@ class VisionSite:
         for step in self._inside.get(number, ()):
             if step.where == where:
                 features = self._select(encoding, 0, step, f"encoder layer {number}", hidden[0, class_token:])
+                encoding.images[0].places = torch.arange(len(features), device=features.device)
                 hidden = torch.cat([hidden[:, :class_token], features[None]], dim=1)
         return hidden
 

@@ -57,11 +57,6 @@ class ModelFamily(ABC):
     def projector(self) -> nn.Module:
         """The module that takes the encoder's features ``(images, tokens, dim)`` to the language model's width."""
 
-    @property
-    @abstractmethod
-    def feature_layer(self) -> int:
-        """The 0-based encoder layer whose output the projector takes."""
-
     @abstractmethod
     def encoder_layers(self) -> Sequence[Any]:
         """The vision encoder's layers."""

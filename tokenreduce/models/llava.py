@@ -37,9 +37,12 @@ class Llava(ModelFamily):
     @property
     def geometry(self) -> Geometry:
         config = self.model.config
+        depth, features = config.vision_config.num_hidden_layers, config.vision_feature_layer
+        last = max(features, key=lambda layer: layer % (depth + 1)) if isinstance(features, list) else features
         return Geometry(
-            encoder_layers=config.vision_config.num_hidden_layers,
+            encoder_layers=depth,
             decoder_layers=config.text_config.num_hidden_layers,
+            feature_layer=last % (depth + 1) - 1,  # hidden state 0 is the first layer's input
             class_token=config.vision_config.model_type == "clip_vision_model",
         )
 
@@ -63,13 +66,6 @@ class Llava(ModelFamily):
     @property
     def projector(self) -> nn.Module:
         return self.model.base_model.multi_modal_projector
-
-    @property
-    def feature_layer(self) -> int:
-        layer = self.model.config.vision_feature_layer
-        if not isinstance(layer, int):
-            raise ValueError(f"vision_feature_layer={layer} takes features from several layers, which has no one layer")
-        return layer - 1 if layer > 0 else self.geometry.encoder_layers + layer
 
     def encoder_layers(self) -> Sequence[Any]:
         modules = self.model.base_model.vision_tower.named_modules()

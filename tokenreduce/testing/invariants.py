@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,13 +16,14 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from tokenreduce.attach import Attachment, reduce_tokens
-from tokenreduce.attach.vision import VisionSite
+from tokenreduce.attach.vision import StepReduction, VisionSite
 from tokenreduce.models.family import family_of
 from tokenreduce.reducer import (
     AtDecoder,
     AtInput,
     AtProjector,
     Geometry,
+    Grid,
     Selection,
     Span,
     Step,
@@ -43,7 +44,7 @@ class InvariantError(AssertionError):
 class Identity(TokenReducer):
     """Keeps every token at ``site``, going the whole way through watching, selecting, gathering and repacking."""
 
-    site: Step = AtProjector(1.0)
+    site: Step = field(default_factory=lambda: AtProjector(keep=1.0))
 
     def steps(self, geometry: Geometry) -> list[Step]:
         return [self.site]
@@ -83,7 +84,7 @@ def identity_changes_nothing(reducer: TokenReducer, model: PreTrainedModel, inpu
     """Keeping everything gives the plain model's logits and tokens, bit for bit, and so does watching alone."""
     plain, tokens = _logits(model, inputs), _generate(model, inputs)
     sites = [replace(step, keep=1.0) for step in _steps(reducer, model) if not isinstance(step, AtInput)]
-    for site in sites or [AtProjector(1.0)]:
+    for site in sites or [AtProjector(keep=1.0)]:
         with reduce_tokens(model, Identity(site=site, positions=reducer.positions)):
             _same(plain, _logits(model, inputs), f"logits under the identity reducer at {site}")
             _same(tokens, _generate(model, inputs), f"tokens under the identity reducer at {site}")
@@ -109,19 +110,28 @@ def counts_are_exact(reducer: TokenReducer, model: PreTrainedModel, inputs: Inpu
     cache = DynamicCache()
     with reduce_tokens(model, reducer) as attachment:
         _call(model, inputs, past_key_values=cache)
-    steps = reducer.steps(attachment.family.geometry)
+    geometry = attachment.family.geometry
+    steps = reducer.steps(geometry)
+    inside = [number for number, step in enumerate(steps) if isinstance(step, AtDecoder)]
     for sample in attachment.samples:
         for image in sample.images:
-            left = len(image.grid)
-            for step, done in zip(steps, image.steps, strict=True):
-                promised = reducer.count(step, Span((image.grid,), len(image.grid), left))
+            grid = image.grid
+            left = entered = len(grid)
+            for number, (step, done) in enumerate(zip(steps, image.steps, strict=True)):
+                _check_source(reducer, image.grid, done)
+                if number in inside:
+                    continue
+                _check_count(reducer, reducer.count(step, Span(geometry, (grid,), entered, left)), len(done.index))
                 left = len(done.index)
-                if promised is not None and left != promised:
-                    raise InvariantError(f"{reducer} promised {promised} tokens and kept {left}")
-                if len(done.source) != len(image.grid) or not set(done.source) <= {*range(left), -1}:
-                    raise InvariantError(
-                        f"{reducer} gave a source that is no map from {len(image.grid)} tokens to {left}"
-                    )
+                if isinstance(step, AtInput) and left:
+                    grid, entered = grid.fit(left), left
+        left = sample.entering
+        for number in inside:
+            if left:
+                grids = tuple(image.grid for image in sample.images)
+                promised = reducer.count(steps[number], Span(geometry, grids, sample.entering, left))
+                left = sum(len(image.steps[number].index) for image in sample.images)
+                _check_count(reducer, promised, left)
     for layer, entry in enumerate(cache.layers):
         longest = max(sample.lengths[layer] for sample in attachment.samples)
         if entry.get_seq_length() != longest:
@@ -162,7 +172,7 @@ def runs_repeat(reducer: TokenReducer, model: PreTrainedModel, inputs: Inputs) -
 
 
 def equals_the_literal_sequence(reducer: TokenReducer, model: PreTrainedModel, inputs: Inputs) -> None:
-    """The language model computes what a plain loop over its layers computes on the tokens that stay, sample by sample."""
+    """The language model computes what a plain loop over its layers computes on the tokens that stay."""
     with reduce_tokens(model, reducer) as attachment:
         reduced = _logits(model, inputs)[:, 0]
         rows = list(_rows(inputs, attachment))
@@ -213,6 +223,17 @@ INVARIANTS: dict[str, Callable[[TokenReducer, PreTrainedModel, Inputs], None]] =
 }
 
 
+def _check_count(reducer: TokenReducer, promised: int | None, kept: int) -> None:
+    if promised is not None and kept != promised:
+        raise InvariantError(f"{reducer} promised {promised} tokens and kept {kept}")
+
+
+def _check_source(reducer: TokenReducer, grid: Grid, done: StepReduction) -> None:
+    """Every token went into a row, and every row that stands for a token holds it."""
+    if len(done.source) != len(grid) or min(done.source) < -1:
+        raise InvariantError(f"{reducer} gave a source that is no map of {len(grid)} tokens: {done.source}")
+
+
 def _call(model: PreTrainedModel, inputs: Inputs, **options: Any) -> Any:
     with torch.no_grad():
         return model(**inputs, **options)
@@ -261,7 +282,8 @@ def _literal(model: PreTrainedModel, single: Inputs, reducer: TokenReducer) -> T
         with site.installed(), torch.no_grad():
             images = site.reduce(single)
     ids, placeholder = single["input_ids"][0], attachment.family.placeholder
-    embeddings, positions, visual, column = [], [], [], 0
+    visual: list[int] = []
+    embeddings, positions, column = [], [], 0
     while column < len(ids):
         if ids[column] != placeholder:
             embeddings.append(model.get_input_embeddings()(ids[column])[None])
@@ -272,7 +294,7 @@ def _literal(model: PreTrainedModel, single: Inputs, reducer: TokenReducer) -> T
         if image.features is not None:
             embeddings.append(image.features)
         visual += range(len(positions), len(positions) + len(image.index))
-        positions += [column + place for place in image.places().tolist()]
+        positions += [column + place for place in image.placeholders().tolist()]
         column += len(image.grid)
     compact = reducer.positions == "compact"
     decoder: Any = attachment.family.decoder
