@@ -80,7 +80,7 @@ def run(config: DictConfig) -> None:
         attention=config.runtime.attention,
         do_pad=config.model.do_pad,
     )
-    _rehearse(Runner(model, processor, benchmark, prompt=settings.prompt), reducer)
+    _rehearse(Runner(model, processor, benchmark, limit=settings.limit, prompt=settings.prompt), reducer)
     with TerminalProgress(console) as progress:
         folder, metrics = compare(
             model, processor, benchmark, reducer, settings, config=_plain(config), progress=progress
@@ -103,7 +103,8 @@ def run(config: DictConfig) -> None:
 
 def _rehearse(runner: Runner, reducer: TokenReducer) -> None:
     """One token of one answer: a reducer that cannot work on this model fails here, not after the baseline."""
-    for sample in runner.samples():
+    for place in range(runner.total):
+        (sample,) = runner.prompts.samples(place, place + 1)
         try:
             runner.prompts.images(sample)
         except Exception:  # an unreadable image becomes a record with its error later; any other will do here

@@ -76,19 +76,26 @@ def check_overrides(overrides: Sequence[str]) -> None:
             parsed = OverridesParser.create().parse_overrides(list(overrides))
         except HydraException as error:
             raise ValueError(f"{error}\nQuote a value that holds special characters: NAME='\"VALUE\"'") from error
-        choices = _choices(parsed)
-        for group, values in choices.items():
-            _check_choices(group, values)
-        for override in parsed:
-            if override.key_or_group not in choices and not override.key_or_group.startswith("hydra"):
-                _check_setting(override, choices)
-        fixed = [override.input_line for override in parsed if not override.is_sweep_override()]
+        fixed = [str(override.input_line) for override in parsed if not override.is_sweep_override()]
         try:
-            config = compose(CONFIG_NAME, [line for line in fixed if line is not None])
+            config = compose(CONFIG_NAME, fixed)
         except HydraException as error:
+            _explain(parsed)
             cause = f"\n{error.__cause__}" if isinstance(error.__cause__, OmegaConfBaseException) else ""
             raise ValueError(f"{error}{cause}") from error
+        if len(fixed) < len(parsed) or any(override.type is not OverrideType.CHANGE for override in parsed):
+            _explain(parsed)
         _check_output(Path(str(config.output)))
+
+
+def _explain(overrides: Sequence[Override]) -> None:
+    """Raise ``ValueError`` where one of the overrides, a sweep's choices included, names what there is not."""
+    choices = _choices(overrides)
+    for group, values in choices.items():
+        _check_choices(group, values)
+    for override in overrides:
+        if override.key_or_group not in choices and not override.key_or_group.startswith("hydra"):
+            _check_setting(override, choices)
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
@@ -134,7 +141,7 @@ def _check_setting(override: Override, choices: dict[str, list[str]]) -> None:
         for part in key.split("."):
             if not isinstance(node, DictConfig):
                 raise ValueError(f"unknown setting {key!r}: {place} has no parts")
-            if part not in node:
+            if part not in set(node):  # asked directly, a node denies a knob that has no value yet
                 known = [str(name) for name in node if name != "name"]
                 if place in PLUGINS:
                     plus = (

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
@@ -53,7 +54,7 @@ def load(
         )
     except ImportError as error:
         raise ValueError(f"attention={attention!r} cannot be used here: {_first_line(error)}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"the checkpoint in model.path={path!r} cannot be loaded: {_first_line(error)}") from error
     processor.tokenizer.padding_side = "left"
     if do_pad is not None:

@@ -1,0 +1,90 @@
+"""Checkpoints load alike from a directory and from the package, as the runtime wants them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from httpx import Request, Response
+from huggingface_hub.errors import RepositoryNotFoundError
+from PIL import Image
+
+from tokenreduce.models.loading import EMBEDDED, load, supported_classes
+from tokenreduce.testing import tiny_llava
+from tokenreduce.testing.processors import tiny_processor
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model = tiny_llava()
+    model.save_pretrained(folder)
+    tiny_processor(model).save_pretrained(folder)
+    return folder
+
+
+def test_a_directory_gives_the_saved_weights_ready_for_batches(checkpoint: Path) -> None:
+    model, processor = load(str(checkpoint))
+    assert not model.training
+    assert processor.tokenizer.padding_side == "left"
+    for name, weights in tiny_llava().state_dict().items():
+        assert torch.equal(model.state_dict()[name], weights), name
+
+
+def test_precision_and_attention_are_the_runtimes(checkpoint: Path) -> None:
+    model, _ = load(str(checkpoint), dtype="bfloat16", attention="eager")
+    assert model.dtype is torch.bfloat16
+    assert model.config._attn_implementation == "eager"
+
+
+def test_the_embedded_checkpoint_has_144_tokens_and_a_class_token() -> None:
+    model, processor = load(EMBEDDED)
+    vision = model.config.vision_config
+    assert (vision.image_size // vision.patch_size) ** 2 == 144
+    assert vision.model_type == "clip_vision_model"
+    assert processor.chat_template
+
+
+def test_padding_shows_all_of_a_wide_picture_and_cropping_its_middle(checkpoint: Path) -> None:
+    wide = Image.new("RGB", (96, 48), (255, 255, 255))
+    wide.paste((0, 0, 0), (0, 0, 20, 48))  # only the left end, which cropping to the middle loses
+    seen = {}
+    for do_pad in (None, True, False):
+        _, processor = load(str(checkpoint), do_pad=do_pad)
+        seen[do_pad] = processor.image_processor(wide, return_tensors="pt")["pixel_values"]
+        assert seen[do_pad].shape[-2:] == (48, 48)
+    assert torch.equal(seen[None], seen[False])
+    assert seen[None].min() > 0
+    assert seen[True].min() < -1
+
+
+def test_what_cannot_be_loaded_is_told_with_a_way_out(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"'/nowhere' is no directory"):
+        load("/nowhere")
+    with pytest.raises(ValueError, match="unknown dtype 'int3': known: float32"):
+        load(str(checkpoint), dtype="int3")
+    with pytest.raises(ValueError, match="unknown device 'toaster': known: cpu"):
+        load(str(checkpoint), device="toaster")
+
+    def unknown(*_: Any, **__: Any) -> None:
+        raise RepositoryNotFoundError("401 Client Error", response=Response(401, request=Request("GET", "https://hub")))
+
+    monkeypatch.setattr("tokenreduce.models.loading.HfApi.model_info", unknown)
+    with pytest.raises(
+        ValueError, match=r"does not give 'nobody/nothing' at revision 'main'[^$]*model\.path=DIRECTORY"
+    ):
+        load("nobody/nothing")
+
+
+def test_damaged_weights_are_told(checkpoint: Path, tmp_path: Path) -> None:
+    for file in checkpoint.iterdir():
+        content = file.read_bytes()
+        (tmp_path / file.name).write_bytes(content[: len(content) // 2] if file.suffix == ".safetensors" else content)
+    with pytest.raises(ValueError, match=r"the checkpoint in model\.path=.* cannot be loaded"):
+        load(str(tmp_path))
+
+
+def test_supported_classes_are_the_families() -> None:
+    assert "LlavaForConditionalGeneration" in supported_classes()
