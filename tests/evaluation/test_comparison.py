@@ -13,7 +13,17 @@ from omegaconf import OmegaConf
 
 from tokenreduce import create
 from tokenreduce.evaluation import Settings, Silent, StorageError, compare, read_metrics, read_records, statistics
-from tokenreduce.reducer import AtProjector, Geometry, Selection, Span, Step, TokenReducer, VisualTokens, best
+from tokenreduce.reducer import (
+    AtDecoder,
+    AtProjector,
+    Geometry,
+    Selection,
+    Span,
+    Step,
+    TokenReducer,
+    VisualTokens,
+    best,
+)
 
 Compare = Callable[..., tuple[Path, dict[str, Any]]]
 
@@ -33,6 +43,17 @@ class Loud(TokenReducer):
     def select(self, step: Step, tokens: VisualTokens) -> Selection:
         norms = tokens.features.norm(dim=-1)
         return Selection(best(norms, int((norms > self.threshold * norms.mean()).sum())))
+
+
+@dataclass(frozen=True)
+class Late(TokenReducer):
+    """Drop all but the first four tokens in the middle of the language model."""
+
+    def steps(self, geometry: Geometry) -> Sequence[Step]:
+        return [AtDecoder(keep=4, layer=0.5)]
+
+    def select(self, step: Step, tokens: VisualTokens) -> Selection:
+        return Selection(tokens.index.new_tensor(range(tokens.keep)))
 
 
 class Answered(Silent):
@@ -133,6 +154,13 @@ def test_an_adaptive_reducer_is_matched_sample_by_sample(run: Compare, tmp_path:
         assert {record.id: record.entering for record in read_records(tmp_path / name)} == counts
     kept = metrics["methods"]["random"]["visual_tokens"]
     assert (kept["fewest"], kept["most"]) == (min(counts.values()), max(counts.values()))
+
+
+def test_dropping_inside_the_language_model_is_matched_by_the_mean_over_layers(run: Compare) -> None:
+    _, metrics = run(Late(), timing_pairs=0)
+    late, random = (metrics["methods"][name]["visual_tokens"] for name in ("reducer", "random"))
+    assert late["kept"] == 36 and late["layer_mean"] == (36 + 36 + 4 + 4) / 4 == random["layer_mean"]
+    assert random["kept"] == 20
 
 
 @pytest.mark.parametrize("reducer", [Loud(threshold=1e6), create("no_image")])

@@ -312,7 +312,9 @@ def _random_reducer(share: int | float | None, seed: int) -> TokenReducer:
 
 def _share(record: Record) -> int | float | None:
     """What random selection has to keep of a sample: a count an image, or a ratio where images differ; None is all."""
-    total, kept = record.visual_tokens or 0, record.entering or 0
+    total, mean = record.visual_tokens or 0, record.layer_mean or 0.0
+    # What is dropped inside the language model costs until then: random selection gets the same mean over layers.
+    kept = max(1, round(mean)) if mean else 0
     if kept >= total:
         return None
     if len(record.images) <= 1 or not kept:
