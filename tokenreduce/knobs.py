@@ -57,7 +57,7 @@ def _fits(value: Any, declared: Any) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if declared is int:
         return isinstance(value, int) and not isinstance(value, bool)
-    return not isinstance(declared, type) or isinstance(value, declared)
+    return declared is Any or not isinstance(declared, type) or isinstance(value, declared)
 
 
 def _describe(declared: Any) -> str:
