@@ -13,12 +13,15 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from tokenreduce.knobs import check_knobs
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Keep = int | float
 """How much to keep: a ratio of the visual tokens in (0, 1] when a float, a number of tokens when an int."""
@@ -112,11 +115,16 @@ class Span:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One place where a reducer acts. ``keep`` is what :meth:`TokenReducer.count` reads; ``sees`` lists the signals
-    it needs."""
+    """One place where a reducer acts.
+
+    keep:   what :meth:`TokenReducer.count` reads; None for an adaptive step.
+    sees:   the signals that it needs.
+    member: which reducer of a chain it belongs to; the chain sets it.
+    """
 
     keep: Keep | None = None
     sees: tuple[Hashable, ...] = ()
+    member: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,13 +278,25 @@ class TokenReducer(ABC):
         """Choose: exactly ``tokens.keep`` rows unless the step is adaptive. Not called for :class:`AtInput`."""
         raise TypeError(f"{type(self).__name__} has no step at which there are visual tokens to choose from")
 
+    def positions_after(self, step: Step) -> Positions:
+        """The position policy of the tokens that ``step`` leaves."""
+        return self.positions
+
+    def with_positions(self, positions: Positions) -> Self:
+        """This reducer with another position policy."""
+        return dataclasses.replace(self, positions=positions)
+
+    def parts(self) -> Sequence[TokenReducer]:
+        """The methods that this reducer consists of: itself, unless it composes others."""
+        return [self]
+
     @classmethod
     def summary(cls) -> str:
         return (cls.__doc__ or "").strip().splitlines()[0]
 
     def knobs(self) -> dict[str, Any]:
         """The method's settings, by name."""
-        return dataclasses.asdict(self)
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -89,6 +89,8 @@ class Attachment:
         inside = [step for step in self._steps if isinstance(step, AtDecoder)]
         self._decoder = DecoderSite(reducer, inside, family.decoder, family.geometry) if inside else None
         self._vision = VisionSite(reducer, family) if len(inside) < len(self._steps) else None
+        last = next((step for step in reversed(self._steps) if not isinstance(step, AtDecoder)), None)
+        self._compact = last is None or reducer.positions_after(last) == "compact"
         self._images: list[tuple[Grid, ...]] = []
 
     @property
@@ -246,7 +248,7 @@ class Attachment:
         mask, full_mask = prompt.mask, prompt.full_mask
         if padding_counts and given is None:
             mask, full_mask = torch.ones_like(mask), torch.ones_like(full_mask)
-        if self.reducer.positions == "compact":
+        if self._compact:
             return (mask.long().cumsum(-1) - 1).clamp(min=0)
         return prompt.gather(self.family.positions(prompt.full, full_mask) if given is None else given)
 
@@ -367,7 +369,8 @@ def method(wrapper: Callable[..., Any], original: Callable[..., Any]) -> Callabl
     @wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:
         inputs = signature.bind_partial(*args, **kwargs).arguments
-        return wrapper(original, {**inputs, **inputs.pop(extra, {})})
+        others = inputs.pop(extra, {})
+        return wrapper(original, {**inputs, **others})
 
     return call
 

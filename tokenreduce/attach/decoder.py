@@ -44,12 +44,14 @@ class Stage:
     columns: ``(rows, n)`` long, the column of the whole prompt that every slot stands for; 0 at padding.
     valid:   ``(rows, n)`` bool, false at padding.
     lost:    ``(rows,)`` long, how many tokens of each row are gone.
+    compact: whether positions close up behind what is gone.
     """
 
     layer: int
     columns: Tensor
     valid: Tensor
     lost: Tensor
+    compact: bool
 
 
 @dataclass
@@ -217,13 +219,15 @@ class DecoderSite:
             else:
                 features.append(hidden.new_empty(0, hidden.shape[-1]))
             kept.append(slots.nonzero()[:, 0])
-        return self._packed(prefill, stage, number, hidden, kept, features)
+        compact = self.reducer.positions_after(step) == "compact"
+        return self._packed(prefill, stage, number, compact, hidden, kept, features)
 
     def _packed(
         self,
         prefill: Prefill,
         stage: Stage,
         number: int,
+        compact: bool,
         hidden: Tensor,
         kept: Sequence[Tensor],
         features: Sequence[Tensor],
@@ -245,7 +249,7 @@ class DecoderSite:
         lost = prefill.valid.sum(-1) - valid.sum(-1)
         if prefill.stages and prefill.stages[-1].layer == number:
             prefill.stages.pop()  # two steps at one layer leave one stage
-        prefill.stages.append(Stage(number, columns, valid, lost))
+        prefill.stages.append(Stage(number, columns, valid, lost, compact))
         return shorter
 
     # What the layers behind a cut are handed.
@@ -255,7 +259,7 @@ class DecoderSite:
         key = (stage.layer, id(stage), id(mask))
         if key not in prefill.prepared:
             positions = kwargs["position_ids"].expand(len(stage.columns), -1)
-            chosen = self._first(prefill.valid, stage) if self.reducer.positions == "compact" else stage.columns
+            chosen = self._first(prefill.valid, stage) if stage.compact else stage.columns
             positions = positions.gather(1, chosen)
             prefill.prepared[key] = {
                 "position_ids": positions,
@@ -294,7 +298,7 @@ class DecoderSite:
                 f"the cache holds {len(stage.columns)} reduced prompts, and {rows} go on: they cannot be told apart"
             )
         changed: dict[str, Any] = {}
-        if self.reducer.positions == "compact" and bool(stage.lost.any()):
+        if stage.compact and bool(stage.lost.any()):
             changed["position_ids"] = kwargs["position_ids"].expand(rows, -1) - stage.lost[:, None]
             changed["position_embeddings"] = self.decoder.rotary_emb(hidden, changed["position_ids"])
         mask = kwargs.get("attention_mask")
@@ -391,7 +395,7 @@ class DecoderSite:
 def _whole(valid: Tensor) -> Stage:
     """The stage before any cut."""
     columns = torch.arange(valid.shape[1], device=valid.device).expand(valid.shape)
-    return Stage(0, columns, valid, valid.new_zeros(len(valid), dtype=torch.long))
+    return Stage(0, columns, valid, valid.new_zeros(len(valid), dtype=torch.long), False)
 
 
 def _causal(valid: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ _CHUNK = 1 << 22
 _LIBRARIES = ("torch", "transformers", "tokenreduce")
 _CORE = (
     "reducer.py",
+    "chain.py",
     "signals.py",
     "budget.py",
     "flops.py",
@@ -75,7 +76,8 @@ def content_hash(identity: Mapping[str, Any]) -> str:
 
 def reducer_identity(reducer: TokenReducer) -> dict[str, Any]:
     """The method's class, its settings and a digest of its source."""
-    return {"class": _qualified(type(reducer)), "knobs": reducer.knobs(), "source": source_digest(type(reducer))}
+    sources = [source_digest(type(part)) for part in reducer.parts()]
+    return {"class": _qualified(type(reducer)), "knobs": reducer.knobs(), "source": " ".join(sources)}
 
 
 def benchmark_identity(benchmark: Benchmark) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from tokenreduce.reducer import (
     AtProjector,
     Geometry,
     Grid,
+    Positions,
     Selection,
     Span,
     Step,
@@ -68,6 +69,9 @@ class _Recorded(TokenReducer):
     def count(self, step: Step, span: Span) -> int | None:
         return self.inner.count(step, span)
 
+    def positions_after(self, step: Step) -> Positions:
+        return self.inner.positions_after(step)
+
     def select(self, step: Step, tokens: VisualTokens) -> Selection:
         selection = self.inner.select(step, tokens)
         self.log.append((step, selection))
@@ -85,7 +89,7 @@ def identity_changes_nothing(reducer: TokenReducer, model: PreTrainedModel, inpu
     plain, tokens = _logits(model, inputs), _generate(model, inputs)
     sites = [replace(step, keep=1.0) for step in _steps(reducer, model) if not isinstance(step, AtInput)]
     for site in sites or [AtProjector(keep=1.0)]:
-        with reduce_tokens(model, Identity(site=site, positions=reducer.positions)):
+        with reduce_tokens(model, Identity(site=site, positions=reducer.positions_after(site))):
             _same(plain, _logits(model, inputs), f"logits under the identity reducer at {site}")
             _same(tokens, _generate(model, inputs), f"tokens under the identity reducer at {site}")
 
@@ -183,7 +187,7 @@ def equals_the_literal_sequence(reducer: TokenReducer, model: PreTrainedModel, i
 def dropping_equals_masking(reducer: TokenReducer, model: PreTrainedModel, inputs: Inputs) -> None:
     """Plain dropping at the projector with original positions equals the full-length model with the dropped tokens
     masked."""
-    with reduce_tokens(model, replace(reducer, positions="original")) as attachment:
+    with reduce_tokens(model, reducer.with_positions("original")) as attachment:
         reduced = _logits(model, inputs)
         if not attachment.drops_only:
             return
@@ -273,7 +277,7 @@ def _places(attachment: Attachment) -> list[Tensor]:
 def _literal(model: PreTrainedModel, single: Inputs, reducer: TokenReducer) -> Tensor:
     """The last logits of one sample, ``(vocabulary,)``: embeddings, position ids and layers put together by hand."""
     log: list[tuple[Step, Selection]] = []
-    with reduce_tokens(model, _Recorded(inner=reducer, log=log, positions=reducer.positions)) as attachment:
+    with reduce_tokens(model, _Recorded(inner=reducer, log=log)) as attachment:
         _logits(model, single)
     inside = [(step, selection) for step, selection in log if isinstance(step, AtDecoder)]
     site = VisionSite(reducer, attachment.family)
@@ -296,7 +300,10 @@ def _literal(model: PreTrainedModel, single: Inputs, reducer: TokenReducer) -> T
         visual += range(len(positions), len(positions) + len(image.index))
         positions += [column + place for place in image.placeholders().tolist()]
         column += len(image.grid)
-    compact = reducer.positions == "compact"
+    before = [step for step in _steps(reducer, model) if not isinstance(step, AtDecoder)]
+    if before and reducer.positions_after(before[-1]) == "compact":
+        positions = list(range(len(positions)))
+    whole = list(positions)
     decoder: Any = attachment.family.decoder
     with torch.no_grad():
         hidden = torch.cat(embeddings)[None]
@@ -309,9 +316,10 @@ def _literal(model: PreTrainedModel, single: Inputs, reducer: TokenReducer) -> T
                 stays = [slot for slot in range(len(positions)) if slot not in visual or slot in kept]
                 hidden[0, kept] = rows
                 hidden, positions = hidden[:, stays], [positions[slot] for slot in stays]
+                if reducer.positions_after(step) == "compact":
+                    positions = whole[: len(positions)]
                 visual = [stays.index(slot) for slot in kept]
-            places = torch.arange(len(positions)) if compact else torch.tensor(positions)
-            places = places[None].to(hidden.device)
+            places = torch.tensor([positions], device=hidden.device)
             hidden = layer(
                 hidden,
                 attention_mask=_triangle(hidden, decoder.config._attn_implementation),
