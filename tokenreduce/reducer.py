@@ -252,11 +252,14 @@ class VisualTokens:
 class TokenReducer(ABC):
     """A method that reduces visual tokens. Subclasses are frozen dataclasses whose fields are the method's knobs.
 
-    ``paper`` names the source (an arXiv id, or a sentence for a baseline) and ``summary`` is the docstring's first
-    line.
+    paper:  the source, an arXiv id, or a few words for a baseline.
+    merges: whether rows are other than the tokens that they stand for.
+    parity: what the implementation is checked against.
     """
 
     paper: ClassVar[str] = ""
+    merges: ClassVar[bool] = False
+    parity: ClassVar[str] = ""
 
     positions: Positions = "compact"
 

@@ -107,6 +107,7 @@ class Pool(TokenReducer):
     """
 
     paper: ClassVar[str] = "baseline: average pooling"
+    merges: ClassVar[bool] = True
 
     keep: Keep = 0.25
 

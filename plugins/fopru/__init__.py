@@ -50,6 +50,7 @@ class FoPruRank(ScoreReducer):
     """Keep the tokens that matter most to the vision encoder's own attention, wherever they are."""
 
     paper: ClassVar[str] = "2411.14164"
+    parity: ClassVar[str] = "worked examples; no official code"
 
     keep: Keep = 0.25
     layer: Layer = -2
@@ -74,6 +75,7 @@ class FoPruRow(TokenReducer):
     """
 
     paper: ClassVar[str] = "2411.14164"
+    parity: ClassVar[str] = "worked examples; no official code"
 
     keep: Keep = 0.25
     layer: Layer = -2
