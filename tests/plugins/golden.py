@@ -45,7 +45,7 @@ def cases(vectors: str) -> list[Any]:
             }
             for side in ("in", "out")
         }
-        case = Case(entry["hyperparameters"], parts["in"], parts["out"], entry)
+        case = Case(entry.get("hyperparameters", {}), parts["in"], parts["out"], entry)
         found.append(pytest.param(case, id=f"{vectors}-{entry['name']}"))
     assert found
     return found

@@ -1,0 +1,59 @@
+"""FastV (arXiv 2403.06764): after a few layers of the language model, half of the visual tokens are hardly looked at.
+
+The reference is the official in-place code with a key-value cache: it ranks once, in prefill, and position ids keep
+their gaps. Published presets: K=2 with R=50 % (the default), 75 % and 90 %, and K=3 with R=50 % and 75 %.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from tokenreduce.reducer import (
+    AtDecoder,
+    Geometry,
+    Keep,
+    Layer,
+    Positions,
+    Selection,
+    Span,
+    Step,
+    TokenReducer,
+    VisualTokens,
+    best,
+    layer_index,
+    tokens_to_keep,
+)
+from tokenreduce.signals import DecoderAttention
+
+
+@dataclass(frozen=True)
+class FastV(TokenReducer):
+    """Inside the language model, keep the visual tokens that the prompt's last token attends to most.
+
+    keep:    what is left; the paper's R is 1 - ``keep``. A ratio is rounded half to even, as the official code does.
+    layer:   the paper's K, the first layer that sees fewer tokens; the layer before it ranks them.
+    queries: who attends: the ``last`` token of the prompt (the official code) or ``all`` of them (the paper's text).
+
+    The official code takes one image; here the tokens of all images of a prompt compete.
+    """
+
+    paper: ClassVar[str] = "2403.06764"
+
+    positions: Positions = field(default="original", kw_only=True)
+    keep: Keep = 0.5
+    layer: Layer = 2
+    queries: Literal["last", "all"] = "last"
+
+    def steps(self, geometry: Geometry) -> list[Step]:
+        ranking = layer_index(self.layer, geometry.decoder_layers) - 1
+        return [AtDecoder(layer=self.layer, keep=self.keep, sees=(DecoderAttention(ranking),))]
+
+    def count(self, step: Step, span: Span) -> int:
+        if isinstance(self.keep, float):
+            return max(1, round(span.entered * self.keep))
+        return tokens_to_keep(self.keep, span.entered)
+
+    def select(self, step: Step, tokens: VisualTokens) -> Selection:
+        attention = tokens[step.sees[0]].mean(-1 if self.queries == "last" else slice(None))
+        return Selection(best(attention.mean(dim=0), tokens.keep))
