@@ -1,0 +1,92 @@
+"""VTW, Visual Tokens Withdrawal (arXiv 2405.05803): deep layers of the language model do not need the picture at all.
+
+Published layers: 15 (the official class) and 16 (its command line) of 32 for LLaVA-1.5-7B, 20 for the others; a ratio
+of depth carries over. The published thresholds of the search are 0.003 (LLaVA-1.5-7B), 0.0005 (LLaVA-1.5-13B) and
+0.0001 (LLaVA-1.6-7B), over 20 samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div
+
+from tokenreduce.reducer import (
+    AtDecoder,
+    Geometry,
+    Layer,
+    Positions,
+    Selection,
+    Span,
+    Step,
+    TokenReducer,
+    VisualTokens,
+)
+
+NextLogits = Callable[[Any, TokenReducer | None], Tensor]
+"""A model's logits for the first new token, ``(vocabulary,)``, from a sample and a reducer, or None for the model as it
+is."""
+
+
+@dataclass(frozen=True)
+class Vtw(TokenReducer):
+    """Withdraw all visual tokens from some layer of the language model on.
+
+    layer: the first layer that sees none; :func:`calibrate` finds one for a model.
+
+    The official code takes one image and withdraws it; here the tokens of all images of a prompt go.
+    """
+
+    paper: ClassVar[str] = "2405.05803"
+
+    positions: Positions = field(default="original", kw_only=True)
+    layer: Layer = 0.5
+
+    def steps(self, geometry: Geometry) -> list[Step]:
+        return [AtDecoder(layer=self.layer)]
+
+    def count(self, step: Step, span: Span) -> int:
+        return 0
+
+    def select(self, step: Step, tokens: VisualTokens) -> Selection:
+        return Selection(tokens.index[:0])
+
+
+def divergences(next_logits: NextLogits, sample: Any, layers: Sequence[int]) -> Tensor:
+    """How far withdrawing at each of ``layers`` moves the next token's distribution: KL(withdrawn || full),
+    ``(layers,)``."""
+    full = next_logits(sample, None).float().log_softmax(-1)
+    withdrawn = [next_logits(sample, Vtw(layer=layer)).float().log_softmax(-1) for layer in layers]
+    return torch.stack([kl_div(full, each, reduction="sum", log_target=True) for each in withdrawn])
+
+
+def calibrate(
+    next_logits: NextLogits, samples: Iterable[Any], depth: int, threshold: float = 0.003, first: int = 5
+) -> Vtw:
+    """The earliest withdrawal that leaves the answers of a model of ``depth`` layers alone.
+
+    ``first`` is the first layer tried, 5 in the official code; the one taken is the first whose divergence, averaged
+    over ``samples``, is at most ``threshold``. Raises ``ValueError`` where there is none, or nothing to try.
+
+    >>> def next_logits(inputs, reducer):  # doctest: +SKIP
+    ...     with reduce_tokens(model, reducer or "none"), torch.no_grad():
+    ...         return model(**inputs).logits[0, -1]
+    >>> reducer = calibrate(next_logits, samples, depth=32)  # doctest: +SKIP
+    """
+    layers = range(first, depth)
+    if not layers:
+        raise ValueError(f"first={first} leaves nothing to search in a model of {depth} layers: give a smaller one")
+    found = [divergences(next_logits, sample, layers) for sample in samples]
+    if not found:
+        raise ValueError("a search needs samples, and there are none")
+    mean = torch.stack(found).mean(dim=0)
+    for layer, divergence in zip(layers, mean.tolist(), strict=True):
+        if divergence <= threshold:
+            return Vtw(layer=layer)
+    raise ValueError(
+        f"no layer from {first} on keeps the mean divergence within {threshold}: the least is {mean.min():.2g}"
+    )
