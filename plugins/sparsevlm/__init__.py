@@ -1,0 +1,127 @@
+"""SparseVLM (arXiv 2410.04417): the telling words of the prompt say which visual tokens stay; the rest is recycled.
+
+The reference is the official code's version 1.5. Published presets: the lists for "192" (the default, as ratios),
+"128", "96" and "64" tokens. Those names count what layers give out; what layers take in is 206.5, 145.4, 114.1 and 82.3
+tokens on average, merged ones included.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from tokenreduce.reducer import (
+    AtDecoder,
+    Geometry,
+    Keep,
+    Layer,
+    Selection,
+    Span,
+    Step,
+    TokenReducer,
+    VisualTokens,
+    best,
+    check_keep,
+    layer_index,
+    tokens_to_keep,
+)
+from tokenreduce.signals import DecoderAttention, ProjectedFeatures, TextEmbeddings
+
+
+@dataclass(frozen=True)
+class SparseVlm(TokenReducer):
+    """Inside the language model, keep what telling words attend to, and merge the best of the rest into a few tokens.
+
+    layers: after which layers tokens are pruned, by those layers' own attention.
+    keeps:  what each pruning keeps, of the tokens that entered; at most all but one. Merged tokens come on top, stand
+            behind the kept ones, and compete at the next pruning.
+
+    The official density adds random noise of 1e-6 against ties; here they go to the token that comes first.
+    """
+
+    paper: ClassVar[str] = "2410.04417"
+
+    layers: tuple[Layer, ...] = (2 / 32, 6 / 32, 15 / 32)
+    keeps: tuple[Keep, ...] = (300 / 576, 200 / 576, 110 / 576)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.layers) != len(self.keeps):
+            raise ValueError(f"layers={self.layers} and keeps={self.keeps}: give one count for every layer")
+        for keep in self.keeps:
+            check_keep(keep)
+
+    def steps(self, geometry: Geometry) -> list[Step]:
+        ran = [layer_index(layer, geometry.decoder_layers) for layer in self.layers]
+        return [
+            AtDecoder(layer=layer + 1, keep=keep, sees=(DecoderAttention(layer), ProjectedFeatures(), TextEmbeddings()))
+            for layer, keep in zip(ran, self.keeps, strict=True)
+        ]
+
+    def count(self, step: Step, span: Span) -> int:
+        kept = self._kept(step, span)
+        return kept + clusters_of(recycled_of(span.current - kept))
+
+    def select(self, step: Step, tokens: VisualTokens) -> Selection:
+        words = (
+            telling(tokens[ProjectedFeatures()], tokens[TextEmbeddings()]) if tokens.carried is None else tokens.carried
+        )
+        attention = tokens[step.sees[0]]
+        scores = attention.mean(attention.text[words]).mean(dim=0)
+        kept = best(scores, self._kept(step, tokens.span))
+
+        pruned = torch.ones_like(scores, dtype=torch.bool).index_fill(0, kept, False).nonzero()[:, 0]
+        recycled = pruned[best(scores[pruned], recycled_of(len(pruned)))]
+        centres, cluster, merged = cluster_and_merge(tokens.features[recycled], clusters_of(len(recycled)))
+
+        source = torch.full_like(tokens.index, -1)
+        source[kept] = torch.arange(len(kept), device=kept.device)
+        source[recycled] = len(kept) + cluster
+        features = torch.cat([tokens.features[kept], merged])
+        return Selection(torch.cat([kept, recycled[centres]]), features, source, carry=words)
+
+    @staticmethod
+    def _kept(step: Step, span: Span) -> int:
+        keep = step.keep or 1.0
+        kept = keep if isinstance(keep, int) else tokens_to_keep(keep, span.entered)
+        return min(kept, span.current - 1)
+
+
+def recycled_of(pruned: int) -> int:
+    return int(0.3 * pruned) + 1
+
+
+def clusters_of(recycled: int) -> int:
+    return recycled // 10 + 1
+
+
+def telling(visual: Tensor, text: Tensor) -> Tensor:
+    """The places of the words that visual tokens are more like than the average word; of all words if none is."""
+    relevance = (visual.float() @ text.float().T).softmax(dim=-1).mean(dim=0)
+    above = relevance > relevance.mean()
+    return (above if bool(above.any()) else ~above).nonzero()[:, 0]
+
+
+def cluster_and_merge(features: Tensor, clusters: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Density peaks among nearest neighbours: centres ``(clusters,)``, each token's cluster, the clusters' means."""
+    points = features.float()
+    # Not by way of a matrix product, whose rounding would decide between two tokens that are each other's nearest.
+    distances = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist") / points.shape[-1] ** 0.5
+    density = (-distances.topk(clusters, largest=False).values.square().mean(dim=-1)).exp()
+    denser = density[None, :] > density[:, None]
+    separation = distances.where(denser, distances.max()).amin(dim=-1)
+    centres = ranked(density * separation, clusters)
+    cluster = distances[centres].argmin(dim=0)
+    cluster[centres] = torch.arange(clusters, device=cluster.device)
+    members = one_hot(cluster, clusters).T.to(points.dtype)
+    merged = members @ points / (members.sum(dim=1, keepdim=True) + 1e-6)
+    return centres, cluster, merged.to(features.dtype)
+
+
+def ranked(scores: Tensor, count: int) -> Tensor:
+    """The ``count`` indices of the highest scores, highest first; of equal ones the lower first."""
+    return scores.sort(descending=True, stable=True).indices[:count]

@@ -1,0 +1,156 @@
+"""SparseVLM gives what the official code gave."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import tokenreduce_plugins.sparsevlm as sparsevlm
+from tokenreduce.reducer import Step
+from tokenreduce.signals import ProjectedFeatures, TextEmbeddings
+from tokenreduce_plugins.sparsevlm import SparseVlm, cluster_and_merge, telling
+
+from .decoder import Run, assert_official, last_logit_change, run
+from .golden import GEOMETRY, Case, assert_equal_floats, cases, random, show, stored, walk
+
+LISTS = {
+    192: ((300, 200, 110), (309, 204, 113), 206.5),
+    128: ((303, 110, 36), (312, 117, 39), 145.4),
+    96: ((238, 48, 26), (249, 55, 27), 114.1),
+    64: ((66, 30, 17), (82, 32, 18), 82.3),
+}
+"""The published lists, the counts that they leave with merged tokens, and the mean over layer inputs."""
+
+
+@pytest.mark.parametrize("case", cases("sparsevlm_topk"))
+def test_official_selection(case: Case) -> None:
+    prefix, count = case.settings["prefix"], case.settings["N"]
+    reducer = SparseVlm(layers=(2, 6, 15), keeps=tuple(case.settings["keep_list"]))
+    step = reducer.steps(GEOMETRY)[(2, 6, 15).index(case.settings["layer"])]
+    text = torch.arange(prefix + count, prefix + count + case.settings["text"])
+    view = stored(case.given["attn"], slice(prefix, prefix + count), text=text)
+    words = case.given["raters"].nonzero()[:, 0]
+
+    selection = show(reducer, step, random(count, 4), {step.sees[0]: view}, carried=words)
+    kept = selection.index[: len(case.expected["kept"])]
+    assert kept.equal(case.expected["kept"])
+    assert_equal_floats(view.mean(text[words]).mean(dim=0), case.expected["score"])
+    pruned = count - len(kept)
+    assert (selection.sources(count) >= len(kept)).sum() == int(0.3 * pruned) + 1
+    assert selection.carry.equal(words)
+
+
+@pytest.mark.parametrize("case", cases("sparsevlm_merge"))
+def test_official_merging(case: Case) -> None:
+    centres, cluster, merged = cluster_and_merge(case.given["x"], case.settings["clusters"])
+    assert_equal_floats(merged, case.expected["merged"])
+    assert cluster[centres].tolist() == list(range(case.settings["clusters"]))
+
+
+def reducer_of(case: Case, **others: Any) -> SparseVlm:
+    return SparseVlm(**{"layers": (2, 6), "keeps": tuple(case.settings["keep_list"]), **others})
+
+
+def kept_of(case: Case, found: Run) -> list[Tensor]:
+    """What every stage keeps, without merged tokens, as places among the visual tokens before that stage."""
+    first, second = case.settings["keep_list"]
+    before = {int(token): place for place, token in enumerate(found.index[0])}
+    return [found.index[0][:first], torch.tensor([before[int(token)] for token in found.index[1][:second]])]
+
+
+@pytest.mark.parametrize("case", cases("e2e_sparsevlm"))
+def test_official_model(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With two clusters the two densest tokens are each other's nearest, so that they tie exactly. The official code
+    leaves the order of their clusters to ``torch.topk``; with that order everything is equal."""
+    monkeypatch.setattr(sparsevlm, "ranked", lambda scores, count: scores.topk(count).indices)
+    found = run(case, reducer_of(case), watched=[3])
+    for stage, kept in enumerate(kept_of(case, found)):
+        assert kept.equal(case.expected[f"kept_stage{stage}"])
+    assert_equal_floats(found.entering[3], case.expected["hidden_after_layer2"])
+    assert_official(case, found)
+
+
+@pytest.mark.parametrize("case", cases("e2e_sparsevlm"))
+def test_ties_change_no_more_than_the_order_of_merged_tokens(case: Case) -> None:
+    found = run(case, reducer_of(case), watched=[3])
+    start, _ = case.about["image_span"]
+    kept = start + case.settings["keep_list"][0]
+    merged = slice(kept, kept + case.about["merged_tokens_stage0"])
+    official, ours = case.expected["hidden_after_layer2"], found.entering[3]
+    rest = torch.ones(len(official), dtype=torch.bool)
+    rest[merged] = False
+    assert found.index[0][: case.settings["keep_list"][0]].equal(case.expected["kept_stage0"])
+    assert_equal_floats(ours[rest], official[rest])
+    order = torch.cdist(official[merged], ours[merged]).argmin(dim=1)
+    assert sorted(order.tolist()) == list(range(len(order)))
+    assert_equal_floats(ours[merged][order], official[merged])
+    assert found.lengths == case.about["kv_cache_length_per_layer_after_prefill"]
+
+
+@pytest.mark.parametrize("case", cases("e2e_sparsevlm"))
+def test_official_raters(case: Case) -> None:
+    (start, end), embeddings = case.about["image_span"], case.given["inputs_embeds"][0]
+    assert telling(embeddings[start:end], embeddings[end:]).equal(case.expected["raters"].long())
+
+
+@pytest.mark.parametrize("case", cases("e2e_sparsevlm"))
+def test_mistakes_are_noticed(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparsevlm, "ranked", lambda scores, count: scores.topk(count).indices)
+    assert last_logit_change(case, run(case, reducer_of(case, positions="original"))) > 1e-2
+    wrong_layer = run(case, reducer_of(case, layers=(3, 6)))
+    assert not kept_of(case, wrong_layer)[0].equal(case.expected["kept_stage0"])
+    monkeypatch.setattr(sparsevlm, "telling", lambda visual, text: torch.arange(len(text)))
+    assert not kept_of(case, run(case, reducer_of(case)))[0].equal(case.expected["kept_stage0"])
+
+
+def test_worked_example() -> None:
+    rows = torch.zeros(1, 14, 14)
+    first = torch.tensor([0.01, 0.09, 0.03, 0.02, 0.08, 0.04, 0.07, 0.05, 0.06])
+    rows[0, 11, 2:11], rows[0, 13, 2:11] = first, first.flip(0) / 2
+    for keep, expected in ((4, [1, 4, 6, 7]), (3, [1, 4, 7]), (2, [1, 4])):
+        reducer = SparseVlm(layers=(2,), keeps=(keep,))
+        (step,) = reducer.steps(GEOMETRY)
+        view = stored(rows, slice(2, 11), text=torch.arange(11, 14))
+        selection = show(reducer, step, random(9, 4), {step.sees[0]: view}, carried=torch.tensor([0, 2]))
+        assert selection.index[:keep].tolist() == expected
+        if keep == 4:  # of five pruned tokens two are recycled, into one
+            assert len(selection.index) == 5
+            assert (selection.sources(9) == 4).nonzero()[:, 0].tolist() == [2, 8]
+
+
+@pytest.mark.parametrize("budget", LISTS)
+def test_published_counts(budget: int) -> None:
+    def attention(step: Step, visual: Tensor) -> dict[Hashable, Any]:
+        behind = 35 + len(visual)
+        rows = random(2, behind + 10, behind + 10).softmax(dim=-1)
+        view = stored(rows, slice(35, behind), text=torch.arange(behind, behind + 10))
+        return {step.sees[0]: view, ProjectedFeatures(): projected, TextEmbeddings(): random(10, 4, seed=1)}
+
+    projected = random(576, 4)
+    keeps, counts, mean = LISTS[budget]
+    done = walk(SparseVlm(keeps=keeps), GEOMETRY, projected, attention)
+    assert tuple(done.counts) == counts
+    first, second, third = counts
+    assert (3 * 576 + 4 * first + 9 * second + 16 * third) / 32 == pytest.approx(mean, abs=0.05)
+    if budget == 192:
+        assert walk(SparseVlm(), GEOMETRY, projected, attention).counts == done.counts
+
+
+def test_raters_are_the_words_above_the_mean() -> None:
+    visual, text = torch.eye(3), torch.tensor([[5.0, 5, 5], [0, 0, 0], [1, 1, 1], [5, 5, 5]])
+    assert telling(visual, text).tolist() == [0, 3]
+
+
+def test_a_single_word_rates_alone() -> None:
+    assert telling(torch.eye(3), torch.ones(1, 3)).tolist() == [0]
+
+
+def test_a_list_that_does_not_fit_the_layers_is_refused() -> None:
+    with pytest.raises(ValueError, match="give one count for every layer"):
+        SparseVlm(keeps=(300,))
+    with pytest.raises(ValueError, match="keep=0 is not"):
+        SparseVlm(keeps=(300, 200, 0))
