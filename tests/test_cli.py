@@ -12,6 +12,7 @@ import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -214,7 +215,7 @@ def test_an_output_without_permission_is_refused(run: Run, monkeypatch: pytest.M
 
 
 def test_a_full_disk_ends_the_run_clearly_and_keeps_what_was_written(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    class FullDisk(records.FileIO):
+    class FullDisk(FileIO):
         room = 4
 
         def write(self, content: Any) -> int:

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from httpx import Request, Response
 from huggingface_hub.errors import RepositoryNotFoundError
 from PIL import Image
 
@@ -68,8 +67,12 @@ def test_what_cannot_be_loaded_is_told_with_a_way_out(checkpoint: Path, monkeypa
     with pytest.raises(ValueError, match="unknown device 'toaster': known: cpu"):
         load(str(checkpoint), device="toaster")
 
+    class Refusal(RepositoryNotFoundError):
+        def __init__(self) -> None:
+            Exception.__init__(self, "401 Client Error")
+
     def unknown(*_: Any, **__: Any) -> None:
-        raise RepositoryNotFoundError("401 Client Error", response=Response(401, request=Request("GET", "https://hub")))
+        raise Refusal
 
     monkeypatch.setattr("tokenreduce.models.loading.HfApi.model_info", unknown)
     with pytest.raises(
