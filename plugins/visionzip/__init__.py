@@ -1,0 +1,91 @@
+"""VisionZip (arXiv 2412.04467): dominant tokens, and contextual ones that the others are merged into."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize, one_hot
+
+from tokenreduce.reducer import (
+    AtEncoderOutput,
+    Geometry,
+    Keep,
+    Layer,
+    Selection,
+    Span,
+    Step,
+    TokenReducer,
+    VisualTokens,
+    best,
+    tokens_to_keep,
+)
+from tokenreduce.signals import ClassToken, EncoderAttention
+
+
+@dataclass(frozen=True)
+class VisionZip(TokenReducer):
+    """Keep the class token and the patches that it attends to, and merge the others around evenly spread ones.
+
+    ``keep`` counts all rows: the class token, which goes on to the language model as published, the dominant patches,
+    and the ``contextual`` ones (a share of ``keep``, or a number), which stand behind the others. A contextual row is
+    its patch plus the mean of those merged into it, as in the official code; the paper says average. In an encoder
+    without class token, which the authors do not cover, dominant patches are those that receive most attention.
+    Presets: visionzip_64, visionzip_128 and visionzip_192, the published budgets.
+    """
+
+    paper: ClassVar[str] = "2412.04467"
+    parity: ClassVar[str] = "official vectors, 5 cases; 2 on a real tower"
+    merges: ClassVar[bool] = True
+
+    keep: Keep = 1 / 9
+    contextual: Keep = 10 / 64
+    layer: Layer = -2
+
+    def steps(self, geometry: Geometry) -> list[Step]:
+        class_token = (ClassToken(),) if geometry.class_token else ()
+        return [AtEncoderOutput(keep=self.keep, sees=(EncoderAttention(self.layer), *class_token))]
+
+    def count(self, step: Step, span: Span) -> int:
+        kept = tokens_to_keep(self.keep, span.entered)
+        contextual = tokens_to_keep(self.contextual, kept, "round")
+        if kept < contextual + int(span.geometry.class_token):
+            raise ValueError(
+                f"keep={self.keep} leaves {kept} rows, too few for the class token and {contextual} merged"
+            )
+        return kept
+
+    def select(self, step: Step, tokens: VisualTokens) -> Selection:
+        kept, device = tokens.keep, tokens.features.device
+        contextual = tokens_to_keep(self.contextual, kept, "round")
+        attention = tokens[EncoderAttention(self.layer)]
+        class_token = attention.class_token
+        passed_on = int(class_token is not None)
+
+        significance = attention.mean(slice(None) if class_token is None else class_token).mean(dim=0)
+        dominant = best(significance, kept - contextual - passed_on)
+
+        rest = torch.ones(len(tokens), dtype=torch.bool, device=device).index_fill(0, dominant, False).nonzero()[:, 0]
+        places = torch.arange(contextual, device=device) * max(1, len(rest) // contextual)
+        is_target = torch.zeros(len(rest), dtype=torch.bool, device=device).index_fill(0, places, True)
+        targets, others = rest[is_target], rest[~is_target]
+        metric = normalize(attention.keys.float().mean(dim=0)[attention.visual], dim=-1)
+        nearest = (metric[others] @ metric[targets].T).argmax(dim=1)
+
+        members = one_hot(nearest, contextual).T.float()
+        means = members @ tokens.features[others].float() / members.sum(dim=1, keepdim=True).clamp(min=1)
+        merged = (tokens.features[targets].float() + means).to(tokens.features.dtype)
+
+        first = kept - contextual
+        source = torch.empty(len(tokens), dtype=torch.long, device=device)
+        source[dominant] = torch.arange(passed_on, first, device=device)
+        source[targets] = torch.arange(first, kept, device=device)
+        source[others] = nearest + first
+        front: list[Tensor] = [tokens[ClassToken()][None]] if passed_on else []
+        return Selection(
+            torch.cat([dominant.new_full((passed_on,), -1), dominant, targets]),
+            torch.cat([*front, tokens.features[dominant], merged]),
+            source,
+        )
