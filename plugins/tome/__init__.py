@@ -1,0 +1,97 @@
+"""ToMe, Token Merging (arXiv 2210.09461): in every encoder block, merge the most similar pairs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize, one_hot
+
+from tokenreduce.reducer import (
+    AtEncoder,
+    AtEncoderOutput,
+    Geometry,
+    Keep,
+    Selection,
+    Span,
+    Step,
+    TokenReducer,
+    VisualTokens,
+    tokens_to_keep,
+)
+from tokenreduce.signals import EncoderAttention
+
+
+@dataclass(frozen=True)
+class ToMe(TokenReducer):
+    """In every encoder block up to the features, merge the pairs of most similar tokens.
+
+    The authors wrote it for classifiers. Here merging is spread evenly over the blocks, as many a block as ``keep``
+    needs with a smaller last one, and the tokens that are left go to the projector in raster order (each where the
+    odd token of its first pair stood), which the official code loses. A block merges half of its tokens at most, so a
+    shallow encoder may leave more than ``keep``.
+
+    per_block:    pairs merged in a block, the paper's r; None for as many as ``keep`` needs.
+    proportional: whether a merged token weighs in attention as the tokens that it holds.
+    Presets: tome_64, tome_128 and tome_192, the budgets at which papers compare with it.
+    """
+
+    paper: ClassVar[str] = "2210.09461"
+    parity: ClassVar[str] = "official vectors, 5 cases"
+    merges: ClassVar[bool] = True
+
+    keep: Keep = 1 / 3
+    per_block: int | None = None
+    proportional: bool = True
+
+    def steps(self, geometry: Geometry) -> list[Step]:
+        merging: list[Step] = [
+            AtEncoder(layer=layer, where="attention", keep=self.keep, sees=(EncoderAttention(layer),))
+            for layer in range(geometry.feature_layer + 1)
+        ]
+        return [*merging, AtEncoderOutput()]
+
+    def count(self, step: Step, span: Span) -> int:
+        if isinstance(step, AtEncoderOutput):
+            return span.current
+        target, blocks = tokens_to_keep(self.keep, span.entered), span.geometry.feature_layer + 1
+        merges = math.ceil((span.entered - target) / blocks) if self.per_block is None else self.per_block
+        return min(span.current, max(target, span.current - min(merges, span.current // 2)))
+
+    def select(self, step: Step, tokens: VisualTokens) -> Selection:
+        ones = torch.ones(len(tokens), device=tokens.features.device)
+        places, sizes = (ones.long().cumsum(0) - 1, ones) if tokens.carried is None else tokens.carried
+        if isinstance(step, AtEncoderOutput):
+            return Selection(places.argsort())
+        attention = tokens[step.sees[0]]
+        metric = attention.keys.float().mean(dim=0)[attention.visual]
+        index, source = match(metric, len(tokens) - tokens.keep, attention.class_token is not None)
+        weights = one_hot(source, len(index)).T * sizes
+        size = weights.sum(dim=1)
+        merged = (weights @ tokens.features.float() / size[:, None]).to(tokens.features.dtype)
+        carry = places[index], size
+        return Selection(index, merged, source, size=size if self.proportional else None, carry=carry)
+
+
+def match(metric: Tensor, merges: int, class_token: bool) -> tuple[Tensor, Tensor]:
+    """Bipartite soft matching: which token each output row stands for, and the output row of every token.
+
+    Tokens at even places of the encoder's sequence are merged into those at odd places. A class token has place 0
+    there, is not in ``metric`` (tokens, dim), and is never merged.
+    """
+    unit, first = normalize(metric, dim=-1), int(class_token)
+    places = torch.arange(len(metric), device=metric.device)
+    even, odd = places[first::2], places[1 - first :: 2]
+    likeness, partner = (unit[even] @ unit[odd].T).max(dim=-1)
+    order = likeness.sort(descending=True, stable=True).indices
+    merged, unmerged = order[:merges], order[merges:]
+    if class_token:
+        unmerged = unmerged.sort().values
+    source = torch.empty_like(places)
+    source[even[unmerged]] = places[: len(unmerged)]
+    source[odd] = places[: len(odd)] + len(unmerged)
+    source[even[merged]] = partner[merged] + len(unmerged)
+    return torch.cat([even[unmerged], odd]), source
