@@ -1,0 +1,71 @@
+"""CDPruner (arXiv 2506.10967): the most diverse tokens, given the question, by a determinantal point process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from tokenreduce.reducer import AtProjector, Geometry, Keep, Selection, Step, TokenReducer, VisualTokens
+
+
+@dataclass(frozen=True)
+class QuestionLikeness:
+    """Cosines of every visual token with every segment of the question in the space that CLIP's two towers share:
+    ``(tokens, segments)``. It takes the text tower and the raw question, which no family supplies so far."""
+
+
+@dataclass(frozen=True)
+class CdPruner(TokenReducer):
+    """Keep the most diverse tokens, given how relevant each is to the question.
+
+    ``sign`` is -1 as in the official code: with the patch features of LLaVA's CLIP, tokens *unlike* the question are
+    the relevant ones; other encoders want 1. Relevance is scaled within one image, where the official code takes all
+    images and tiles of a call together. Where more tokens are asked for than the kernel has dimensions, the official
+    code gives NaN, and this one goes on picking.
+    Not registered: a model that does not supply :class:`QuestionLikeness` refuses it.
+    """
+
+    paper: ClassVar[str] = "2506.10967"
+    parity: ClassVar[str] = "official vectors, 5 cases; cannot be attached before a text tower is supplied"
+
+    keep: Keep = 1 / 9
+    sign: int = -1
+
+    def steps(self, geometry: Geometry) -> list[Step]:
+        return [AtProjector(keep=self.keep, sees=(QuestionLikeness(),))]
+
+    def select(self, step: Step, tokens: VisualTokens) -> Selection:
+        relevance = scaled(self.sign * tokens[QuestionLikeness()].mean(dim=-1))
+        unit = normalize(tokens.features, dim=-1).float()
+        return Selection(diverse(unit, relevance, tokens.keep).sort().values)
+
+
+def scaled(relevance: Tensor) -> Tensor:
+    """Relevance from about 0 to 1; all 1 where nothing tells the tokens apart."""
+    low, high = relevance.min(), relevance.max()
+    return (relevance - low + 1e-6) / (high - low) if high > low else torch.ones_like(relevance)
+
+
+def diverse(unit: Tensor, relevance: Tensor, count: int) -> Tensor:
+    """The places of ``count`` tokens, in the order in which greedy MAP inference picks them.
+
+    The kernel is the likeness of ``unit`` (tokens, dim) weighted by ``relevance`` (tokens,) on both sides; its rows are
+    computed as they are needed, and its Cholesky factor grows by one row a pick.
+    """
+    weighted = relevance[:, None] * unit
+    gain = weighted.square().sum(dim=-1)
+    floor = torch.finfo(gain.dtype).eps * gain.max()
+    factor = weighted.new_zeros(count, len(weighted))
+    picked: list[int] = []
+    for step in range(count):
+        best = int(gain.argmax())
+        row = weighted @ weighted[best] - factor[:step, best] @ factor[:step]
+        factor[step] = row / gain[best].clamp(min=floor).sqrt()
+        gain = (gain - factor[step].square()).clamp(min=0)
+        picked.append(best)
+        gain[picked] = -torch.inf
+    return torch.tensor(picked, device=unit.device)
