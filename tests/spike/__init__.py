@@ -1,1 +1,0 @@
-"""Six published methods, each a plain reducer: the interface can say what they need."""
