@@ -149,15 +149,18 @@ def neighbours_do_not_matter(reducer: TokenReducer, model: PreTrainedModel, inpu
     do."""
     if len(inputs["input_ids"]) == 1:
         return
+    steps = _steps(reducer, model)
     plain = _logits(model, inputs)[:, -1]
     with reduce_tokens(model, reducer) as attachment:
-        reduced = _logits(model, inputs)[:, -1]
+        reduced = _logits(model, _positioned(inputs, attachment))[:, -1]
         together = attachment.samples
     for row, single in enumerate(_rows(inputs, attachment)):
         plain_gap = (_logits(model, single)[0, -1] - plain[row]).abs().max()
         with reduce_tokens(model, reducer) as alone:
             gap = (_logits(model, single)[0, -1] - reduced[row]).abs().max()
         if together[row].images and alone.samples != [together[row]]:
+            if plain_gap and model.dtype != torch.float32 and any(isinstance(step, AtDecoder) for step in steps):
+                continue  # what the language model shows differs too, by rounding, and a near tie may fall either way
             raise InvariantError(f"{reducer} keeps other tokens of sample {row} when it stands alone")
         allowed = 4 * max(float(plain_gap), torch.finfo(model.dtype).eps * float(plain[row].abs().max()))
         if gap > allowed:
@@ -178,7 +181,7 @@ def runs_repeat(reducer: TokenReducer, model: PreTrainedModel, inputs: Inputs) -
 def equals_the_literal_sequence(reducer: TokenReducer, model: PreTrainedModel, inputs: Inputs) -> None:
     """The language model computes what a plain loop over its layers computes on the tokens that stay."""
     with reduce_tokens(model, reducer) as attachment:
-        reduced = _logits(model, inputs)[:, 0]
+        reduced = _logits(model, _positioned(inputs, attachment))[:, 0]
         rows = list(_rows(inputs, attachment))
     for row, single in enumerate(rows):
         _close(_literal(model, single, reducer), reduced[row], f"logits of sample {row} against the literal sequence")
@@ -250,6 +253,13 @@ def _logits(model: PreTrainedModel, inputs: Inputs) -> Tensor:
 
 def _generate(model: PreTrainedModel, inputs: Inputs) -> Tensor:
     return model.generate(**inputs, max_new_tokens=4, do_sample=False)
+
+
+def _positioned(inputs: Inputs, attachment: Attachment) -> dict[str, Any]:
+    """The inputs with the position ids that every prompt has alone. A forward call without any counts padding, which
+    turns the keys that a reducer may look at."""
+    positions = attachment.family.positions(inputs["input_ids"], inputs["attention_mask"])
+    return {**inputs, "position_ids": positions}
 
 
 def _rows(inputs: Inputs, attachment: Attachment) -> Iterator[dict[str, Any]]:
