@@ -60,8 +60,9 @@ def knob_defaults(plugin: type) -> dict[str, Any]:
 
 def knobs_of(node: DictConfig, group: str) -> dict[str, Any]:
     """The plugin's own knobs out of its composed node. Raises ``ValueError`` for a required one that was not given."""
-    for name in OmegaConf.missing_keys(node):
-        raise ValueError(f"{group} {node.name!r} needs a value for {name!r}: add {group}.{name}=VALUE")
+    for name in node:
+        if OmegaConf.is_missing(node, name):
+            raise ValueError(f"{group} {node.name!r} needs a value for {name!r}: add {group}.{name}=VALUE")
     values = cast(dict[str, Any], OmegaConf.to_container(node, resolve=True))
     return {name: value for name, value in values.items() if name != "name" and name not in RUN_SETTINGS[group]}
 

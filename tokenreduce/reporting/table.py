@@ -77,7 +77,11 @@ def label(method: Mapping[str, Any]) -> str:
 
     >>> label({"name": "fopru_row", "knobs": {"keep": 0.25, "layer": -2}, "runs": ["fopru_row-5f1c"]})
     'fopru_row keep=0.25'
+    >>> label({"name": "chain", "knobs": {"reducers": [{"name": "pool", "keep": 64}, {"name": "random", "keep": 0.5}]}})
+    'pool keep=64 + random keep=0.5'
     """
+    if parts := method["knobs"].get("reducers"):
+        return " + ".join(label({"name": part["name"], "knobs": part}) for part in parts)
     keep = method["knobs"].get("keep")
     return method["name"] + (f" keep={keep}" if keep is not None else "")
 
