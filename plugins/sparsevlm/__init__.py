@@ -64,7 +64,7 @@ class SparseVlm(TokenReducer):
 
     def count(self, step: Step, span: Span) -> int:
         kept = self._kept(step, span)
-        return kept + clusters_of(recycled_of(span.current - kept))
+        return kept + recycling(span.current - kept)[1]
 
     def select(self, step: Step, tokens: VisualTokens) -> Selection:
         words = (
@@ -75,8 +75,9 @@ class SparseVlm(TokenReducer):
         kept = best(scores, self._kept(step, tokens.span))
 
         pruned = torch.ones_like(scores, dtype=torch.bool).index_fill(0, kept, False).nonzero()[:, 0]
-        recycled = pruned[best(scores[pruned], recycled_of(len(pruned)))]
-        centres, cluster, merged = cluster_and_merge(tokens.features[recycled], clusters_of(len(recycled)))
+        count, clusters = recycling(len(pruned))
+        recycled = pruned[best(scores[pruned], count)]
+        centres, cluster, merged = cluster_and_merge(tokens.features[recycled], clusters)
 
         source = torch.full_like(tokens.index, -1)
         source[kept] = torch.arange(len(kept), device=kept.device)
@@ -91,12 +92,10 @@ class SparseVlm(TokenReducer):
         return min(kept, span.current - 1)
 
 
-def recycled_of(pruned: int) -> int:
-    return int(0.3 * pruned) + 1
-
-
-def clusters_of(recycled: int) -> int:
-    return recycled // 10 + 1
+def recycling(pruned: int) -> tuple[int, int]:
+    """How many of the pruned tokens are recycled, and into how many."""
+    recycled = int(0.3 * pruned) + 1
+    return recycled, recycled // 10 + 1
 
 
 def telling(visual: Tensor, text: Tensor) -> Tensor:

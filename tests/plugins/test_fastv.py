@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from tokenreduce.attach.bare import reduce_decoder_tokens
 from tokenreduce.reducer import Grid, Span
 from tokenreduce_plugins.fastv import FastV
 
-from .decoder import assert_official, last_logit_change, run
+from .decoder import assert_official, language_model, last_logit_change, run
 from .golden import GEOMETRY, Case, cases, random, show, stored
 
 
@@ -35,6 +36,21 @@ def test_official_model(case: Case) -> None:
     found = run(case, reducer_of(case))
     assert found.index[0].equal(case.expected["kept_image"])
     assert_official(case, found)
+
+
+@pytest.mark.parametrize("case", cases("e2e_fastv"))
+def test_official_model_without_a_cache(case: Case) -> None:
+    """Without a key-value cache every new token is a prefill of its own, so that it ranks again."""
+    model, sequence = language_model(case.about["model"]), case.given["inputs_embeds"]
+    with reduce_decoder_tokens(model, reducer_of(case), [tuple(case.about["image_span"])]) as prefills, torch.no_grad():
+        for step, expected in enumerate(case.expected["nocache_token_logits"]):
+            logits = model(inputs_embeds=sequence, use_cache=False).logits[0, -1]
+            torch.testing.assert_close(logits, expected, atol=2e-5, rtol=0.0)
+            token = case.expected["nocache_tokens"][step]
+            assert logits.argmax() == token
+            sequence = torch.cat([sequence, model.get_input_embeddings()(token)[None, None]], dim=1)
+    kept_by_step = torch.stack([prefill.rows[0].steps[0][1] for prefill in prefills])
+    assert kept_by_step.equal(case.expected["nocache_kept_image"])
 
 
 @pytest.mark.parametrize("case", cases("e2e_fastv"))

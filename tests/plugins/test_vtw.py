@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlavaForConditionalGeneration
 
+from tokenreduce import reduce_tokens
 from tokenreduce.attach.bare import reduce_decoder_tokens
 from tokenreduce.reducer import TokenReducer
+from tokenreduce.testing import prompts
 from tokenreduce_plugins.vtw import NextLogits, Vtw, calibrate, divergences
 
 from .decoder import assert_official, language_model, last_logit_change, run
@@ -93,3 +96,15 @@ def test_a_search_of_nothing_is_refused() -> None:
         calibrate(with_divergences([0.0]), [], depth=6)
     with pytest.raises(ValueError, match="first=5 leaves nothing to search in a model of 4 layers"):
         calibrate(with_divergences([0.0]), [None], depth=4)
+
+
+def test_the_search_on_a_vision_language_model(llava: LlavaForConditionalGeneration) -> None:
+    def logits(inputs: dict[str, Tensor], reducer: TokenReducer | None) -> Tensor:
+        with reduce_tokens(llava, reducer or "none"), torch.no_grad():
+            return llava(**inputs).logits[0, -1]
+
+    samples = [prompts(llava, seed=seed) for seed in range(2)]
+    mean = torch.stack([divergences(logits, sample, range(1, 4)) for sample in samples]).mean(dim=0)
+    assert mean.min() > 0
+    for threshold, layer in ((mean[0], 1), (mean[1], 2), (mean[2], 3)):  # the later it goes, the less it matters
+        assert calibrate(logits, samples, depth=4, threshold=float(threshold), first=1) == Vtw(layer=layer)
