@@ -7,67 +7,43 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from tokenreduce.reducer import AtProjector, Geometry, Keep, Selection, Span, Step, TokenReducer, VisualTokens
 
-_ROUNDING = 1e-6  # more than two ways of adding up one cosine differ by
 
+def diverse(features: Tensor, count: int, blocks: int = 12) -> Tensor:
+    """The places of ``count`` rows of ``features`` (tokens, dim) in the order of picking: first the row whose nearest
+    other row is farthest in cosine distance, then always the one farthest from its nearest row picked before.
 
-def diverse(unit: Tensor, count: int) -> Tensor:
-    """The places of ``count`` rows of ``unit`` (tokens, dim) in the order of picking: every pick is the row farthest,
-    in cosine distance, from its nearest row picked before.
-
-    The same as the plain recurrence over the matrix of all distances, without that matrix. Distances to the nearest
-    pick only ever shrink, so old ones are upper bounds: as long as the best of a few candidates, among whom all
-    distances are known, is above the old distances of all others, it is the next pick.
+    Only one half of the symmetric matrix of cosines is computed, in bands that begin at the diagonal.
     """
-    tokens = len(unit)
-    picked = [loneliest(unit)]
-    distance = torch.full((tokens,), torch.inf, device=unit.device)
-    seen = 0
+    tokens = len(features)
+    height = -(-tokens // blocks)
+    inverse = 1 / features.norm(dim=-1).clamp(min=torch.finfo(features.dtype).tiny)
+    nearest = torch.full((tokens,), -torch.inf, dtype=features.dtype, device=features.device)  # as a cosine
+    bands: list[Tensor] = []
+    for start in range(0, tokens, height):
+        # Lengths are divided out of the products: dividing the features would copy them.
+        band = features[start : start + height] @ features[start:].T
+        band *= inverse[start : start + height, None]
+        band *= inverse[start:]
+        band.diagonal().fill_(-torch.inf)
+        nearest[start:] = torch.maximum(nearest[start:], band.amax(dim=0))
+        nearest[start : start + height] = torch.maximum(nearest[start : start + height], band.amax(dim=1))
+        bands.append(band)
+
+    def cosines(row: int) -> Tensor:
+        own = row // height
+        above = [band[:, row - number * height] for number, band in enumerate(bands[:own])]
+        return torch.cat([*above, bands[own][row - own * height]])
+
+    picked = [int(nearest.argmin())]
+    nearest = cosines(picked[0])
     while len(picked) < count:
-        distance = torch.minimum(distance, 1 - (unit[picked[seen:]] @ unit.T).amax(dim=0))
-        distance[picked] = -torch.inf
-        seen = len(picked)
-        order = distance.sort(descending=True, stable=True).indices
-        width = max(32, tokens // 8)
-        candidates = order[:width].sort().values  # in raster order: a tie goes to the token that comes first
-        others = distance[order[width]] if width < tokens else distance.new_tensor(-torch.inf)
-        among = 1 - unit[candidates] @ unit[candidates].T
-        nearest = distance[candidates]
-        best = nearest.argmax()
-        while len(picked) < count and (len(picked) == seen or nearest[best] > others):
-            picked.append(int(candidates[best]))
-            nearest = torch.minimum(nearest, among[best])
-            nearest[best] = -torch.inf
-            best = nearest.argmax()
-    return torch.tensor(picked, device=unit.device)
-
-
-def loneliest(unit: Tensor, blocks: int = 12) -> int:
-    """The row whose nearest other row is farthest.
-
-    Rows are compared with one block of others after the other, and left out once somebody is nearer to them than the
-    nearest one is to the best row known.
-    """
-    tokens = len(unit)
-    places, rows = torch.arange(tokens, device=unit.device), unit  # those still in question
-    nearest = torch.full((tokens,), -torch.inf, device=unit.device)  # the highest cosine so far
-    bound = unit.new_tensor(torch.inf)
-    for block in range(min(blocks, tokens)):
-        probes = torch.arange(block, tokens, blocks, device=unit.device)
-        cosines = rows @ unit[block::blocks].T
-        nearest = torch.maximum(nearest, cosines.masked_fill_(places[:, None] == probes, -torch.inf).amax(dim=1))
-        if block % 3 == 0:
-            promising = places[nearest.argsort()[:8]]
-            cosines = unit[promising] @ unit.T
-            cosines.scatter_(1, promising[:, None], -torch.inf)
-            bound = torch.minimum(bound, cosines.amax(dim=1).min() + _ROUNDING)
-        alive = (nearest <= bound).nonzero()[:, 0]
-        if len(alive) < 0.7 * len(places):  # leaving rows out means copying the others
-            places, rows, nearest = places[alive], rows[alive], nearest[alive]
-    return int(places[nearest.argmin()])
+        nearest[picked[-1]] = torch.inf
+        picked.append(int(nearest.argmin()))
+        nearest = torch.maximum(nearest, cosines(picked[-1]))
+    return torch.tensor(picked, device=features.device)
 
 
 @dataclass(frozen=True)
@@ -93,5 +69,4 @@ class DivPrune(TokenReducer):
         return super().count(step, span) or 0
 
     def select(self, step: Step, tokens: VisualTokens) -> Selection:
-        unit = normalize(tokens.features.float(), dim=-1)
-        return Selection(diverse(unit, tokens.keep).sort().values)
+        return Selection(diverse(tokens.features.float(), tokens.keep).sort().values)

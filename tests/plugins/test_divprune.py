@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate, normalize
+from torch.nn.functional import interpolate
 
-from tokenreduce_plugins.divprune import DivPrune, diverse, loneliest
+from tokenreduce_plugins.divprune import DivPrune, diverse
 
 from .golden import GEOMETRY, Case, cases, random, show
 
@@ -43,7 +43,7 @@ def smooth(side: int, dim: int) -> Tensor:
 @pytest.mark.parametrize("case", cases("divprune"))
 def test_official_vectors(case: Case) -> None:
     features, count = case.given["x"], len(case.expected["kept"])
-    assert diverse(normalize(features, dim=-1), count).equal(case.expected["pick_order"])
+    assert diverse(features, count).equal(case.expected["pick_order"])
     assert kept(features, case.settings["ratio"]) == case.expected["kept"].tolist()
 
 
@@ -70,13 +70,13 @@ def test_worked_example() -> None:
     ids=["random", "all", "clusters", "near clusters", "smooth", "small", "three"],
 )
 def test_picks_as_the_plain_recurrence_does(features: Tensor, count: int) -> None:
-    assert diverse(normalize(features, dim=-1), count).tolist() == plain(features, count)
+    assert diverse(features, count).tolist() == plain(features, count)
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 5, 200])
-def test_the_first_pick_does_not_depend_on_how_rows_are_compared(blocks: int) -> None:
+def test_the_picks_do_not_depend_on_how_rows_are_compared(blocks: int) -> None:
     features = smooth(12, 32)
-    assert loneliest(normalize(features, dim=-1), blocks) == plain(features, 1)[0]
+    assert diverse(features, 20, blocks).tolist() == plain(features, 20)
 
 
 def test_one_token_is_its_own_pick() -> None:
