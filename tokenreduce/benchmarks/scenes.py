@@ -214,7 +214,7 @@ def _shape_cover(thing: Thing, x: float, y: float) -> npt.NDArray[np.float32]:
         turn = np.deg2rad(thing.angle)
         rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
         pen.polygon([(float(a), float(b)) for a, b in (outline @ rotation.T + (x, y)) * scale], fill=255)
-    return np.asarray(tile.reduce(scale), np.float32) / 255
+    return np.asarray(tile.reduce(scale)).astype(np.float32) / np.float32(255)
 
 
 @cache
