@@ -60,7 +60,7 @@ def knob_defaults(plugin: type) -> dict[str, Any]:
 
 def knobs_of(node: DictConfig, group: str) -> dict[str, Any]:
     """The plugin's own knobs out of its composed node. Raises ``ValueError`` for a required one that was not given."""
-    for name in node:
+    for name in map(str, node):
         if OmegaConf.is_missing(node, name):
             raise ValueError(f"{group} {node.name!r} needs a value for {name!r}: add {group}.{name}=VALUE")
     values = cast(dict[str, Any], OmegaConf.to_container(node, resolve=True))
