@@ -11,14 +11,13 @@ from torch import Tensor
 from tokenreduce.reducer import AtProjector, Geometry, Keep, Selection, Span, Step, TokenReducer, VisualTokens
 
 
-def diverse(features: Tensor, count: int, blocks: int = 12) -> Tensor:
+def diverse(features: Tensor, count: int, height: int = 192) -> Tensor:
     """The places of ``count`` rows of ``features`` (tokens, dim) in the order of picking: first the row whose nearest
     other row is farthest in cosine distance, then always the one farthest from its nearest row picked before.
 
-    Only one half of the symmetric matrix of cosines is computed, in bands that begin at the diagonal.
+    Only half of the symmetric matrix of cosines is computed, in bands of ``height`` rows that begin at the diagonal.
     """
     tokens = len(features)
-    height = -(-tokens // blocks)
     inverse = 1 / features.norm(dim=-1).clamp(min=torch.finfo(features.dtype).tiny)
     nearest = torch.full((tokens,), -torch.inf, dtype=features.dtype, device=features.device)  # as a cosine
     bands: list[Tensor] = []
@@ -30,6 +29,7 @@ def diverse(features: Tensor, count: int, blocks: int = 12) -> Tensor:
         band.diagonal().fill_(-torch.inf)
         nearest[start:] = torch.maximum(nearest[start:], band.amax(dim=0))
         nearest[start : start + height] = torch.maximum(nearest[start : start + height], band.amax(dim=1))
+        band.diagonal().fill_(torch.inf)  # once picked, never again
         bands.append(band)
 
     def cosines(row: int) -> Tensor:
@@ -40,9 +40,8 @@ def diverse(features: Tensor, count: int, blocks: int = 12) -> Tensor:
     picked = [int(nearest.argmin())]
     nearest = cosines(picked[0])
     while len(picked) < count:
-        nearest[picked[-1]] = torch.inf
         picked.append(int(nearest.argmin()))
-        nearest = torch.maximum(nearest, cosines(picked[-1]))
+        torch.maximum(nearest, cosines(picked[-1]), out=nearest)
     return torch.tensor(picked, device=features.device)
 
 
