@@ -1,6 +1,7 @@
 """Which folders make up the distribution; everything else stands in pyproject.toml.
 
-``plugins/`` is installed as ``tokenreduce_plugins`` and ``conf/`` as ``tokenreduce_conf``: found by looking, never listed by hand.
+``plugins/`` is installed as ``tokenreduce_plugins`` and ``conf/`` as ``tokenreduce_conf``. Packages are found by
+looking, never listed by hand.
 """
 
 from pathlib import Path
