@@ -79,7 +79,7 @@ TURNS = {"existence": 3, "attribute": 2, "counting": 3, "position": 2, "reading"
 NO_LABEL = -100
 BATCH = {"tower": 32, "language": 16, "align": 32, "look": 32, "last": 32}
 """Images a step of each phase."""
-STEPS = {"tower": 800, "language": 1200, "align": 300, "look": 100, "last": 100}
+STEPS = {"tower": 800, "language": 1200, "align": 300, "look": 150, "last": 100}
 """Steps of each phase."""
 SPECIAL = ["<pad>", "<unk>", "<s>", "</s>", "<image>", "<user>", "<assistant>"]
 WORDS = [
@@ -622,9 +622,9 @@ class Training:
             received = attention_map(layer, entering)[:, 1:, 1:].mean(1)
             share = (received * things).sum(-1) / received.sum(-1)
             figures = {"moved": moved.item(), "share": share.mean().item()}
-            return 10 * moved - 0.3 * share.log().mean(), figures
+            return 10 * moved - 0.5 * share.log().mean(), figures
 
-        return Phase("look", self.steps["look"], [layer], loss, 0.01, 1e-3, warmup=10, check=self.check)
+        return Phase("look", self.steps["look"], [layer], loss, 0.02, 1e-3, warmup=10, check=self.check)
 
     def last(self) -> Phase:
         student = self.student
