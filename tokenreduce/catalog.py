@@ -20,7 +20,9 @@ SITES = {
     "AtProjector": "projector",
     "AtDecoder": "language model",
 }
-HEADER = "| reducer | what it does | paper | site | sees | text-aware | adaptive | merges | positions | checked against |"
+HEADER = (
+    "| reducer | what it does | paper | site | sees | text-aware | adaptive | merges | positions | checked against |"
+)
 
 
 def row(name: str, reducer: TokenReducer) -> str:

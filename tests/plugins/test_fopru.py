@@ -10,7 +10,7 @@ from tokenreduce.reducer import Geometry, Grid, Span, TokenReducer, VisualTokens
 from tokenreduce.signals import Attention, EncoderAttention, Rows
 from tokenreduce_plugins.fopru import FoPruRank, FoPruRow, significance
 
-GEOMETRY = Geometry(encoder_layers=24, decoder_layers=32, class_token=True)
+GEOMETRY = Geometry(encoder_layers=24, decoder_layers=32, feature_layer=22, class_token=True)
 
 NINE = torch.tensor([0.10, 0.90, 0.30, 0.20, 0.80, 0.40, 0.70, 0.50, 0.60])
 
@@ -58,7 +58,7 @@ def received_only(scores: Tensor) -> Attention:
 
 def kept(reducer: TokenReducer, attention: Attention, grid: Grid) -> list[int]:
     (step,) = reducer.steps(GEOMETRY)
-    span = Span((grid,), len(grid), len(grid))
+    span = Span(GEOMETRY, (grid,), len(grid), len(grid))
     signals = {signal: attention for signal in step.sees}
     tokens = VisualTokens(torch.zeros(len(grid), 2), span, reducer.count(step, span), signals=signals.__getitem__)
     selection = reducer.select(step, tokens)
@@ -69,7 +69,7 @@ def kept(reducer: TokenReducer, attention: Attention, grid: Grid) -> list[int]:
 
 def count(reducer: TokenReducer, grid: Grid) -> int | None:
     (step,) = reducer.steps(GEOMETRY)
-    return reducer.count(step, Span((grid,), len(grid), len(grid)))
+    return reducer.count(step, Span(GEOMETRY, (grid,), len(grid), len(grid)))
 
 
 @pytest.mark.parametrize(("keep", "expected"), [(1, [1]), (2, [1, 4]), (3, [1, 4, 6]), (4, [1, 4, 6, 8])])

@@ -74,13 +74,15 @@ class ReducedImage:
     """One image on its way.
 
     grid: its layout; encoded: the layout that the vision tower sees, smaller where the picture was made smaller.
-    index: ``(k,)`` the tokens that are left; places: ``(k,)`` where they stand among what the tower gives.
+    index: ``(k,)`` the tokens that are left; entered: their places among those that entered the tower; places: where they
+    stand in what the tower gives now, which merging in it renumbers.
     features: ``(k, dim)`` at the projector; sizes: ``(k,)`` how many tokens were merged into each, None while none was.
     """
 
     grid: Grid
     encoded: Grid
     index: Tensor
+    entered: Tensor
     places: Tensor
     features: Tensor | None = None
     sizes: Tensor | None = None
@@ -92,6 +94,7 @@ class ReducedImage:
         entering = len(self.index)
         chosen = selection.index.to(self.index.device)
         self.index = _follow(self.index, chosen)
+        self.entered = _follow(self.entered, chosen)
         self.places = _follow(self.places, chosen)
         self.carried, self.sizes = selection.carry, selection.size
         before = self.steps[-1].source if self.steps else range(len(self.grid))
@@ -175,10 +178,7 @@ class VisionSite:
 
     def reduce(self, inputs: Inputs) -> list[ReducedImage]:
         """Encode every image of the call and run the reducer's steps on it, up to the projector."""
-        images = [
-            ReducedImage(grid, grid, torch.arange(len(grid)), torch.arange(len(grid)))
-            for grid in self.family.grids(inputs)
-        ]
+        images = [ReducedImage(grid, grid, *[torch.arange(len(grid))] * 3) for grid in self.family.grids(inputs)]
         for step in self.steps:
             if isinstance(step, AtInput):
                 inputs = self._resize(step, inputs, images)
@@ -194,6 +194,7 @@ class VisionSite:
     def _encode(self, encoding: _Encoding) -> None:
         for image in encoding.images:
             image.index = image.index.to(self.family.model.device)
+            image.entered = image.entered.to(self.family.model.device)
             image.places = image.places.to(self.family.model.device)
         token = self._current.set(encoding)
         try:
@@ -215,7 +216,7 @@ class VisionSite:
             features,
             span,
             self.reducer.count(step, span),
-            index=image.places,
+            index=image.entered,
             signals=self._signals(encoding, number, step),
             fingerprint=lambda: self.family.fingerprint(encoding.inputs, number),
             carried=image.carried,
@@ -281,7 +282,8 @@ class VisionSite:
             nothing = torch.arange(0), torch.full((len(image.encoded),), -1)
             index, source = nothing if target is None else image.encoded.cells(target)
             image.take("input", Selection(index, source=source))
-            image.encoded, image.places = target or image.encoded, torch.arange(len(index))
+            image.encoded = target or image.encoded
+            image.entered = image.places = torch.arange(len(index))
         return {**inputs, **self.family.resize(inputs, grids)} if grids else inputs
 
     # Inside the tower. The class token stays in the sequence and is not shown to the reducer.
