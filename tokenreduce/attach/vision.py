@@ -74,8 +74,8 @@ class ReducedImage:
     """One image on its way.
 
     grid: its layout; encoded: the layout that the vision tower sees, smaller where the picture was made smaller.
-    index: ``(k,)`` the tokens that are left; entered: their places among those that entered the tower; places: where they
-    stand in what the tower gives now, which merging in it renumbers.
+    index: ``(k,)`` the tokens that are left; entered: their places among those that entered the tower; places: where
+    they stand in what the tower gives now, which merging in it renumbers.
     features: ``(k, dim)`` at the projector; sizes: ``(k,)`` how many tokens were merged into each, None while none was.
     """
 
@@ -178,7 +178,10 @@ class VisionSite:
 
     def reduce(self, inputs: Inputs) -> list[ReducedImage]:
         """Encode every image of the call and run the reducer's steps on it, up to the projector."""
-        images = [ReducedImage(grid, grid, *[torch.arange(len(grid))] * 3) for grid in self.family.grids(inputs)]
+        images = []
+        for grid in self.family.grids(inputs):
+            everything = torch.arange(len(grid))
+            images.append(ReducedImage(grid, grid, index=everything, entered=everything, places=everything))
         for step in self.steps:
             if isinstance(step, AtInput):
                 inputs = self._resize(step, inputs, images)
