@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tokenreduce.reducer import AtDecoder, Geometry, Grid, Span, TokenReducer
+from tokenreduce.reducer import Geometry, Grid, Span, TokenReducer
 from tokenreduce.registry import REDUCERS
 from tokenreduce.signals import DecoderAttention, DecoderHidden, LookAheadAttention, TextEmbeddings
 
@@ -33,13 +33,12 @@ def row(name: str, reducer: TokenReducer) -> str:
     text = any(isinstance(signal, TEXT) for step in steps for signal in step.sees)
     span = Span(LLAVA, (GRID,), len(GRID), len(GRID))
     adaptive = bool(steps) and reducer.count(steps[-1], span) is None
-    inside = any(isinstance(step, AtDecoder) for step in steps)
     cells = (
         f"`{name}`",
         reducer.summary(),
         _link(reducer.paper),
         ", ".join(sites) or "none",
-        ", ".join(f"`{signal}`" for signal in signals) or "features" * (bool(steps) and not inside) or "nothing",
+        ", ".join(f"`{signal}`" for signal in signals),
         "yes" if text else "no",
         "yes" if adaptive else "no",
         "yes" if reducer.merges else "no",

@@ -1,8 +1,8 @@
 """How much of the ideal speed-up each reducer really gives, on a LLaVA-shaped model of random weights.
 
-Every condition is timed in turn, round after round, in one process and on one thread, and compared with the plain model
-on the same attention kernel. The ideal is what the FLOPs that are left, the method's own scoring included, would take at
-the plain model's rate.
+Every condition is timed in turn, round after round, in one process and on one thread, and compared with the plain
+model on the same attention kernel. The ideal is what the FLOPs that are left, the method's own scoring included, would
+take at the plain model's rate.
 
     python experiments/speed/measure.py --rounds 7
 """
@@ -225,7 +225,8 @@ def table(result: dict[str, Any]) -> str:
     for label, row in result["prefill"].items():
         lines.append(
             f"| {label} | {row['layer_mean']:.0f} | {row['milliseconds']:.0f} | {row['ratio']:.3f} "
-            f"| {row['ideal']:.3f} | {100 * row['over_ideal']:+.1f} % | {row['scoring_gflops']:.2f} | {row['vision_ratio']:.3f} |"
+            f"| {row['ideal']:.3f} | {100 * row['over_ideal']:+.1f} % | {row['scoring_gflops']:.2f} "
+            f"| {row['vision_ratio']:.3f} |"
         )
     return "\n".join(lines)
 

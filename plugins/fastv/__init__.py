@@ -39,6 +39,7 @@ class FastV(TokenReducer):
     """
 
     paper: ClassVar[str] = "2403.06764"
+    parity: ClassVar[str] = "official vectors, 5 cases; 3 end to end"
 
     positions: Positions = field(default="original", kw_only=True)
     keep: Keep = 0.5

@@ -44,6 +44,8 @@ class SparseVlm(TokenReducer):
     """
 
     paper: ClassVar[str] = "2410.04417"
+    merges: ClassVar[bool] = True
+    parity: ClassVar[str] = "official vectors, 8 cases; 2 end to end"
 
     layers: tuple[Layer, ...] = (2 / 32, 6 / 32, 15 / 32)
     keeps: tuple[Keep, ...] = (300 / 576, 200 / 576, 110 / 576)

@@ -42,6 +42,7 @@ class Vtw(TokenReducer):
     """
 
     paper: ClassVar[str] = "2405.05803"
+    parity: ClassVar[str] = "official vectors, 2 end to end, 2 of the search"
 
     positions: Positions = field(default="original", kw_only=True)
     layer: Layer = 0.5
