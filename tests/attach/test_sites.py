@@ -226,6 +226,18 @@ def test_a_cut_at_layer_0_is_refused(llava: Model) -> None:
         pass
 
 
+def test_prefill_in_chunks_is_refused(llava: Model) -> None:
+    with reduce_tokens(llava, LastQuery()), pytest.raises(ValueError, match="prefill_chunk_size"):
+        llava.generate(**prompts(llava, [1]), **GREEDY, prefill_chunk_size=5)
+
+
+def test_block_masks_are_refused() -> None:
+    model = tiny_llava()
+    model.model.language_model.config._attn_implementation = "flex_attention"
+    with pytest.raises(ValueError, match="flex_attention's block masks"), reduce_tokens(model, LastQuery()):
+        pass
+
+
 def test_steps_out_of_order_are_refused(llava: Model) -> None:
     class Backwards(EverySignal):
         def steps(self, geometry: Geometry) -> Sequence[Step]:

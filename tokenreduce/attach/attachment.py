@@ -19,7 +19,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tokenreduce.attach.decoder import DECODER_SIGNALS, DecoderSite, Prefill
-from tokenreduce.attach.generation import translated
+from tokenreduce.attach.generation import refuse_chunks, translated
 from tokenreduce.attach.prompt import Prompt, shorten
 from tokenreduce.attach.vision import VISION_SIGNALS, ImageReduction, StepReduction, VisionSite
 from tokenreduce.models.family import ModelFamily, family_of
@@ -160,7 +160,10 @@ class Attachment:
             inputs["input_ids"] = inputs.pop("inputs")
         self._refuse_hidden_tokens(inputs)
         earlier = getattr(inputs.get("past_key_values"), _PROMPT, None)
-        if self._reduces(inputs) and self._vision is not None:
+        reduces = self._reduces(inputs)
+        if reduces:
+            refuse_chunks(inputs, self.model.generation_config)
+        if reduces and self._vision is not None:
             prompt, inputs = self._shortened(inputs, padding_counts=False)
         elif earlier is not None:
             prompt = earlier.extended(inputs["input_ids"][:, earlier.full.shape[1] :], inputs.get("attention_mask"))

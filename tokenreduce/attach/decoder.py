@@ -105,6 +105,8 @@ class DecoderSite:
         self, reducer: TokenReducer, steps: Sequence[AtDecoder], decoder: nn.Module, geometry: Geometry
     ) -> None:
         self.geometry = geometry
+        if decoder.config._attn_implementation == "flex_attention":  # type: ignore[union-attr]
+            raise ValueError("flex_attention's block masks cannot be shortened: load the model with sdpa attention")
         self.reducer = reducer
         self.decoder: Any = decoder
         self.layers: Sequence[Any] = decoder.layers  # type: ignore[assignment]

@@ -17,10 +17,6 @@ def translated(inputs: dict[str, Any], prompt: Prompt, defaults: GenerationConfi
     """The arguments of ``generate`` with total lengths lowered, and with callbacks that still see the caller's own
     prompt."""
     result = dict(inputs)
-    if _setting("prefill_chunk_size", inputs, defaults):
-        raise ValueError(
-            "prefill_chunk_size cuts through the visual tokens, which only some transformers versions get right"
-        )
     for name, instead in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
         value = _setting(name, inputs, defaults)
         if value and _setting(instead, inputs, defaults) is None:
@@ -40,6 +36,12 @@ def translated(inputs: dict[str, Any], prompt: Prompt, defaults: GenerationConfi
             row, torch.cat([prompt.full[row].to(ids.device), ids[prompt.columns.shape[1] :]])
         )
     return result
+
+
+def refuse_chunks(inputs: dict[str, Any], defaults: GenerationConfig) -> None:
+    """Raise ``ValueError`` where the prompt would be prefilled in chunks: one may end amid the visual tokens."""
+    if _setting("prefill_chunk_size", inputs, defaults):
+        raise ValueError("prefill_chunk_size may cut through the visual tokens: prefill the whole prompt at once")
 
 
 def _setting(name: str, inputs: dict[str, Any], defaults: GenerationConfig) -> Any:
