@@ -29,6 +29,7 @@ def _entry(name: str, value: str, package: str) -> EntryPoint:
 
 
 def _registry(monkeypatch: pytest.MonkeyPatch, *entries: EntryPoint) -> Registry[TokenReducer]:
+    monkeypatch.setattr(registry, "_warned", set())
     monkeypatch.setattr(registry, "entry_points", lambda group: list(entries))
     return Registry("reducer", "tokenreduce.reducers", TokenReducer)
 
@@ -85,6 +86,15 @@ def test_a_broken_plugin_costs_one_warning(monkeypatch: pytest.MonkeyPatch, valu
         with pytest.raises(ValueError, match=r"'bad' of their-package 9\.9 cannot be used"):
             reducers.get("bad")
     assert reason in reducers.broken()["bad"]
+
+
+def test_a_package_with_two_broken_plugins_is_warned_about_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrecked = [_entry(name, "no_such_package:Thing", "their-package") for name in ("bad", "worse")]
+    reducers = _registry(monkeypatch, GOOD, *wrecked)
+    with pytest.warns(UserWarning) as caught:
+        assert list(reducers.usable()) == ["random"]
+    assert len(caught) == 1
+    assert set(reducers.broken()) == {"bad", "worse"}
 
 
 def test_a_built_in_name_is_never_taken_over(monkeypatch: pytest.MonkeyPatch) -> None:

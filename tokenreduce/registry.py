@@ -23,6 +23,9 @@ T = TypeVar("T")
 BUILT_IN = "tokenreduce"
 """The distribution whose names no other package can take over."""
 
+_warned: set[str] = set()
+"""The packages whose broken plugins were already warned about: one warning each, whatever else is wrong with them."""
+
 
 class Registry(Generic[T]):
     """The plugins of one entry-point group.
@@ -111,7 +114,10 @@ class Registry(Generic[T]):
                 raise TypeError(f"{entry.value} is not a subclass of {self._base.__module__}.{self._base.__qualname__}")
         except (Exception, SystemExit) as error:  # a third party's import may raise anything
             self._broken[name] = f"{type(error).__name__}: {error}"
-            warnings.warn(f"{self.kind} {name!r} of {_package(entry)} is skipped: {self._broken[name]}", stacklevel=3)
+            if _package(entry) not in _warned:
+                _warned.add(_package(entry))
+                message = f"{self.kind} {name!r} of {_package(entry)} is skipped: {self._broken[name]}"
+                warnings.warn(message, stacklevel=3)
         else:
             self._loaded[name] = plugin
 
