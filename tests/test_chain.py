@@ -9,6 +9,7 @@ import torch
 from transformers import LlavaForConditionalGeneration as Model
 
 from tokenreduce import create, reduce_tokens
+from tokenreduce.budget import prefill_cost
 from tokenreduce.evaluation.identity import reducer_identity
 from tokenreduce.testing import check_reducer, prompts
 
@@ -45,6 +46,16 @@ def test_the_second_sees_what_the_first_left(llava: Model) -> None:
     rows, half = attachment.samples[0].images[0].steps
     assert (len(rows.index), len(half.index)) == (18, 9)
     assert set(half.index) <= set(rows.index)
+
+
+def test_what_is_gone_before_the_language_model_is_still_counted(llava: Model) -> None:
+    members = [{"name": "no_image"}, {"name": "fastv"}]
+    with reduce_tokens(llava, create("chain", reducers=members)) as attachment, torch.no_grad():
+        llava(**prompts(llava, [1]))
+    (sample,) = attachment.samples
+    assert sample.entering == 0
+    assert len(sample.lengths) == 4
+    assert prefill_cost(llava, attachment.samples)[0].layer_mean == 0
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,7 @@ class Attachment:
         last = next((step for step in reversed(self._steps) if not isinstance(step, AtDecoder)), None)
         self._compact = last is None or reducer.positions_after(last) == "compact"
         self._images: list[tuple[Grid, ...]] = []
+        self._prefill_due = False
 
     @property
     def drops_only(self) -> bool:
@@ -203,7 +204,8 @@ class Attachment:
         copies = len(ids) // len(self._images)  # beams and returned sequences stand in several rows
         with self._decoder.prefill(visual, valid, [grids for grids in self._images for _ in range(copies)]) as prefill:
             output = original(**inputs)
-        if len(self.samples[0].lengths) == 0:
+        if self._prefill_due:
+            self._prefill_due = False  # without a cache every step prefills again; the first one is the record
             self.samples = [
                 with_decoder_steps(sample, prefill, row * copies, self.family.geometry.decoder_layers)
                 for row, sample in enumerate(self.samples)
@@ -289,13 +291,13 @@ class Attachment:
         lengths: list[int],
     ) -> None:
         self._images = [tuple(grid for grid, _, _ in images[start:end]) for start, end in rows]
-        layers = self.family.geometry.decoder_layers if self._decoder is None else 0  # else known after the prefill
+        self._prefill_due = self._decoder is not None
         self.samples = [
             SampleReduction(
                 images=tuple(ImageReduction(grid, tuple(steps)) for grid, steps, _ in images[start:end]),
                 visual_tokens=sum(len(grid) for grid, _, _ in images[start:end]),
                 entering=sum(count for _, _, count in images[start:end]),
-                lengths=(length,) * layers,
+                lengths=(length,) * self.family.geometry.decoder_layers,
             )
             for (start, end), length in zip(rows, lengths, strict=True)
         ]
