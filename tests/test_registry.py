@@ -6,13 +6,14 @@ import subprocess
 import sys
 import warnings
 from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pytest
 
 import tokenreduce
 from tokenreduce import registry
 from tokenreduce.reducer import TokenReducer
-from tokenreduce.registry import Registry
+from tokenreduce.registry import ConfigurationPackages, Registry, frozen_dataclass, names_its_classes
 
 
 class _Distribution:
@@ -31,7 +32,7 @@ def _entry(name: str, value: str, package: str) -> EntryPoint:
 def _registry(monkeypatch: pytest.MonkeyPatch, *entries: EntryPoint) -> Registry[TokenReducer]:
     monkeypatch.setattr(registry, "_warned", set())
     monkeypatch.setattr(registry, "entry_points", lambda group: list(entries))
-    return Registry("reducer", "tokenreduce.reducers", TokenReducer)
+    return Registry("reducer", "tokenreduce.reducers", TokenReducer, frozen_dataclass)
 
 
 GOOD = _entry("random", "tokenreduce_plugins.baselines:Random", "tokenreduce")
@@ -86,6 +87,85 @@ def test_a_broken_plugin_costs_one_warning(monkeypatch: pytest.MonkeyPatch, valu
         with pytest.raises(ValueError, match=r"'bad' of their-package 9\.9 cannot be used"):
             reducers.get("bad")
     assert reason in reducers.broken()["bad"]
+    assert [(problem.name, problem.origin) for problem in reducers.problems()] == [("bad", "their-package 9.9")]
+
+
+THEIRS = """
+from dataclasses import dataclass, field
+from tokenreduce.reducer import ScoreReducer, TokenReducer
+
+@dataclass(frozen=True)
+class Unfinished(ScoreReducer):
+    def steps(self, geometry): return []
+
+class Undecorated(TokenReducer):
+    keep: int = 3
+    def steps(self, geometry): return []
+
+@dataclass(frozen=True)
+class Raising(TokenReducer):
+    keep: int = field(default_factory=lambda: 1 // 0)
+    def steps(self, geometry): return []
+
+@dataclass(frozen=True)
+class Parent(TokenReducer):
+    keep: int = 3
+    def steps(self, geometry): return []
+
+class Heir(Parent):
+    pass
+
+instance = Parent()
+"""
+
+
+@pytest.fixture
+def theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody's module, with the mistakes that are easily made."""
+    (tmp_path / "theirs.py").write_text(THEIRS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "theirs", raising=False)
+
+
+@pytest.mark.usefixtures("theirs")
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("Unfinished", "Unfinished does not define score"),
+        ("Undecorated", "decorate it with @dataclass"),
+        ("Raising", "ZeroDivisionError"),
+        ("instance", "is not a subclass of tokenreduce.reducer.TokenReducer"),
+    ],
+)
+def test_a_mistake_is_told_on_first_use(monkeypatch: pytest.MonkeyPatch, name: str, reason: str) -> None:
+    reducers = _registry(monkeypatch, GOOD, _entry("bad", f"theirs:{name}", "their-package"))
+    with pytest.warns(UserWarning, match=reason):
+        assert list(reducers.usable()) == ["random"]
+
+
+@pytest.mark.usefixtures("theirs")
+def test_a_subclass_that_declares_no_knobs_needs_no_decorator(monkeypatch: pytest.MonkeyPatch) -> None:
+    reducers = _registry(monkeypatch, _entry("heir", "theirs:Heir", "their-package"))
+    assert reducers.create("heir", keep=5).knobs()["keep"] == 5
+
+
+@pytest.mark.parametrize("classes", [None, (), "LlavaForConditionalGeneration", (int,)])
+def test_a_family_of_no_class_is_refused(classes: object) -> None:
+    with pytest.raises(TypeError, match="not a tuple of names of transformers classes"):
+        names_its_classes(type("Nameless", (), {"classes": classes}))
+
+
+def test_only_a_package_holds_configurations(monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = [_entry(name.partition(".")[0], name, name) for name in ("tokenreduce_conf", "json.decoder")]
+    monkeypatch.setattr(registry, "_warned", set())
+    monkeypatch.setattr(registry, "entry_points", lambda group: entries)
+    with pytest.warns(UserWarning, match=r"json.decoder is no package with an __init__\.py"):
+        assert list(ConfigurationPackages("configuration", "tokenreduce.configs").usable()) == ["tokenreduce_conf"]
+
+
+def test_built_in_plugins_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = _entry("a_first_name", "tokenreduce_plugins.baselines:Uniform", "their-package")
+    assert list(_registry(monkeypatch, other, GOOD).usable()) == ["random", "a_first_name"]
 
 
 def test_a_package_with_two_broken_plugins_is_warned_about_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,6 +183,12 @@ def test_a_built_in_name_is_never_taken_over(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.warns(UserWarning, match="'random' of a-thief is ignored: the name belongs to tokenreduce"):
         assert reducers.get("random").__name__ == "Random"
     assert reducers.origin("random") == "tokenreduce 9.9"
+    (problem,) = reducers.problems()
+    assert (problem.name, problem.origin, problem.reason) == (
+        "random",
+        "a-thief 9.9",
+        "the name belongs to tokenreduce",
+    )
 
 
 def test_a_reducer_knows_its_name() -> None:

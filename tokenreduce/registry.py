@@ -1,4 +1,4 @@
-"""Named, lazily loaded plugins: reducers, model families and benchmarks.
+"""Named, lazily loaded plugins: reducers, model families and benchmarks, and the configurations that come with them.
 
 Every plugin, built in or not, is found through a Python entry point of the groups below. A package that fails to
 import costs one warning and nothing else.
@@ -6,11 +6,16 @@ import costs one warning and nothing else.
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import threading
 import warnings
-from collections.abc import Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
+from types import ModuleType
 from typing import Any, Generic, TypeVar
 
 from tokenreduce.benchmarks.benchmark import Benchmark
@@ -18,7 +23,12 @@ from tokenreduce.knobs import check_knob_names, nearest, with_tuples
 from tokenreduce.models.family import ModelFamily
 from tokenreduce.reducer import TokenReducer
 
+P = TypeVar("P")
 T = TypeVar("T")
+
+INTERFACE = 1
+"""The version of what plugins are written against, as docs/plugins.md lists it; a change that breaks plugins raises
+it."""
 
 BUILT_IN = "tokenreduce"
 """The distribution whose names no other package can take over."""
@@ -27,27 +37,40 @@ _warned: set[str] = set()
 """The packages whose broken plugins were already warned about: one warning each, whatever else is wrong with them."""
 
 
-class Registry(Generic[T]):
-    """The plugins of one entry-point group.
+@dataclass(frozen=True)
+class Problem:
+    """Why something that a package offers is not there. ``origin`` is the package and its version."""
 
-    ``kind`` is the word for messages, ``base`` the class that every plugin must derive from. Names are known at
-    once; a plugin's package is imported when its name is first asked for.
+    kind: str
+    name: str
+    origin: str
+    reason: str
+
+
+class EntryPoints(ABC, Generic[P]):
+    """What the installed packages offer under one entry-point group.
+
+    ``kind`` is the word for messages. Names are known at once; a package is imported when its name is first asked for.
     """
 
-    def __init__(self, kind: str, group: str, base: type[T]) -> None:
+    def __init__(self, kind: str, group: str) -> None:
         self.kind = kind
         self.group = group
-        self._base = base
-        self._loaded: dict[str, type[T]] = {}
+        self._loaded: dict[str, P] = {}
         self._broken: dict[str, str] = {}
+        self._hidden: list[Problem] = []
         self._lock = threading.RLock()
+
+    @abstractmethod
+    def _check(self, loaded: Any) -> P:
+        """What was loaded. Raises ``TypeError`` unless it is of use."""
 
     def names(self) -> list[str]:
         """Every name that is not known to be broken, sorted; imports nothing."""
         return sorted(name for name in self._entries if name not in self._broken)
 
-    def get(self, name: str) -> type[T]:
-        """The plugin's class. Raises ``ValueError`` for an unknown or broken name."""
+    def get(self, name: str) -> P:
+        """What ``name`` stands for. Raises ``ValueError`` for an unknown or broken name."""
         with self._lock:
             if name not in self._loaded and name not in self._broken:
                 if name not in self._entries:
@@ -57,16 +80,81 @@ class Registry(Generic[T]):
                 raise ValueError(f"{self.kind} {name!r} of {self.origin(name)} cannot be used: {self._broken[name]}")
             return self._loaded[name]
 
-    def usable(self) -> dict[str, type[T]]:
-        """Every plugin that loads, by name; each one that does not is warned about once."""
+    def usable(self) -> dict[str, P]:
+        """Everything that loads, by name, built-in names first; each one that does not is warned about once."""
         found = {}
-        for name in self.names():
+        for name in self._entries:
             with self._lock:
-                if name not in self._loaded:
+                if name not in self._loaded and name not in self._broken:
                     self._load(name)
                 if name in self._loaded:
                     found[name] = self._loaded[name]
         return found
+
+    def package(self, name: str) -> str:
+        """The package that ``name`` comes from."""
+        return _package(self._entries[name])
+
+    def version(self, name: str) -> str:
+        """The version of that package."""
+        distribution = self._entries[name].dist
+        return distribution.version if distribution else ""
+
+    def origin(self, name: str) -> str:
+        """The package and version that ``name`` comes from."""
+        return _origin(self._entries[name])
+
+    def broken(self) -> dict[str, str]:
+        """Why each plugin that could not be loaded so far could not be."""
+        return dict(self._broken)
+
+    def problems(self) -> list[Problem]:
+        """Everything that is offered and not there: broken plugins, and those whose name is taken."""
+        self.usable()
+        broken = [Problem(self.kind, name, self.origin(name), reason) for name, reason in self._broken.items()]
+        return [*broken, *self._hidden]
+
+    @cached_property
+    def _entries(self) -> dict[str, EntryPoint]:
+        found: dict[str, EntryPoint] = {}
+        for entry in sorted(_unique(entry_points(group=self.group)), key=_built_in_first):
+            if entry.name in found:
+                reason = f"the name belongs to {_package(found[entry.name])}"
+                self._hidden.append(Problem(self.kind, entry.name, _origin(entry), reason))
+                warnings.warn(f"{self.kind} {entry.name!r} of {_package(entry)} is ignored: {reason}", stacklevel=2)
+            else:
+                found[entry.name] = entry
+        return found
+
+    def _load(self, name: str) -> None:
+        entry = self._entries[name]
+        try:
+            self._loaded[name] = self._check(entry.load())
+        except (Exception, SystemExit) as error:  # a third party's import may raise anything
+            self._broken[name] = f"{type(error).__name__}: {error}"
+            if _package(entry) not in _warned:
+                _warned.add(_package(entry))
+                message = f"{self.kind} {name!r} of {_package(entry)} is skipped: {self._broken[name]}"
+                warnings.warn(message, stacklevel=3)
+
+
+class Registry(EntryPoints[type[T]], Generic[T]):
+    """The plugins of one group: classes that derive from ``base`` and fulfil ``rule``, which raises ``TypeError``."""
+
+    def __init__(self, kind: str, group: str, base: type[T], rule: Callable[[type], None]) -> None:
+        super().__init__(kind, group)
+        self._base = base
+        self._rule = rule
+
+    def _check(self, loaded: Any) -> type[T]:
+        if not (isinstance(loaded, type) and issubclass(loaded, self._base)):
+            name = loaded.__qualname__ if isinstance(loaded, type) else repr(loaded)
+            raise TypeError(f"{name} is not a subclass of {self._base.__module__}.{self._base.__qualname__}")
+        if inspect.isabstract(loaded):
+            missing = ", ".join(sorted(getattr(loaded, "__abstractmethods__", ())))
+            raise TypeError(f"{loaded.__qualname__} does not define {missing}")
+        self._rule(loaded)
+        return loaded
 
     def create(self, name: str, **knobs: Any) -> T:
         """An instance with these settings. Raises ``ValueError`` for an unknown name or knob, or a value that does
@@ -82,44 +170,14 @@ class Registry(Generic[T]):
                 return name
         return type(instance).__qualname__
 
-    def origin(self, name: str) -> str:
-        """The package and version that ``name`` comes from."""
-        distribution = self._entries[name].dist
-        return f"{distribution.name} {distribution.version}" if distribution else "an unknown package"
 
-    def broken(self) -> dict[str, str]:
-        """Why each plugin that could not be loaded so far could not be."""
-        return dict(self._broken)
+class ConfigurationPackages(EntryPoints[ModuleType]):
+    """Packages of configuration files, laid out as this framework's own: a folder for every group."""
 
-    @cached_property
-    def _entries(self) -> dict[str, EntryPoint]:
-        found: dict[str, EntryPoint] = {}
-        for entry in sorted(_unique(entry_points(group=self.group)), key=_built_in_first):
-            if entry.name in found:
-                owner = found[entry.name].dist
-                warnings.warn(
-                    f"{self.kind} {entry.name!r} of {_package(entry)} is ignored: the name belongs to "
-                    f"{owner.name if owner else 'another package'}",
-                    stacklevel=2,
-                )
-            else:
-                found[entry.name] = entry
-        return found
-
-    def _load(self, name: str) -> None:
-        entry = self._entries[name]
-        try:
-            plugin = entry.load()
-            if not (isinstance(plugin, type) and issubclass(plugin, self._base)):
-                raise TypeError(f"{entry.value} is not a subclass of {self._base.__module__}.{self._base.__qualname__}")
-        except (Exception, SystemExit) as error:  # a third party's import may raise anything
-            self._broken[name] = f"{type(error).__name__}: {error}"
-            if _package(entry) not in _warned:
-                _warned.add(_package(entry))
-                message = f"{self.kind} {name!r} of {_package(entry)} is skipped: {self._broken[name]}"
-                warnings.warn(message, stacklevel=3)
-        else:
-            self._loaded[name] = plugin
+    def _check(self, loaded: Any) -> ModuleType:
+        if not isinstance(loaded, ModuleType) or loaded.__file__ is None or not hasattr(loaded, "__path__"):
+            raise TypeError(f"{getattr(loaded, '__name__', loaded)} is no package with an __init__.py")
+        return loaded
 
 
 def _unique(entries: Iterable[EntryPoint]) -> list[EntryPoint]:
@@ -131,13 +189,43 @@ def _package(entry: EntryPoint) -> str:
     return entry.dist.name if entry.dist else "an unknown package"
 
 
+def _origin(entry: EntryPoint) -> str:
+    return f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an unknown package"
+
+
 def _built_in_first(entry: EntryPoint) -> tuple[bool, str, str]:
     return _package(entry) != BUILT_IN, _package(entry), entry.name
 
 
-REDUCERS: Registry[TokenReducer] = Registry("reducer", "tokenreduce.reducers", TokenReducer)
-MODELS: Registry[ModelFamily] = Registry("model", "tokenreduce.models", ModelFamily)
-BENCHMARKS: Registry[Benchmark] = Registry("benchmark", "tokenreduce.benchmarks", Benchmark)
+def frozen_dataclass(plugin: type) -> None:
+    """The rule for reducers and benchmarks, whose fields are their knobs.
+
+    A class that only inherits its knobs may do without the decorator; one that declares some may not.
+    """
+    parameters = getattr(plugin, "__dataclass_params__", None)
+    undecorated = "__dataclass_params__" not in vars(plugin) and _declares_fields(plugin)
+    if parameters is None or not parameters.frozen or undecorated:
+        raise TypeError(f"{plugin.__qualname__} is no frozen dataclass: decorate it with @dataclass(frozen=True)")
+    for field in dataclasses.fields(plugin):
+        if field.default_factory is not dataclasses.MISSING:
+            field.default_factory()  # raises here, and not where every plugin's defaults are listed
+
+
+def _declares_fields(plugin: type) -> bool:
+    return any("ClassVar" not in str(declared) for declared in inspect.get_annotations(plugin).values())
+
+
+def names_its_classes(plugin: type) -> None:
+    """The rule for model families: they are looked up by the classes that they serve."""
+    classes = getattr(plugin, "classes", None)
+    if not isinstance(classes, tuple) or not classes or not all(isinstance(name, str) for name in classes):
+        raise TypeError(f"{plugin.__qualname__}.classes is {classes!r}, not a tuple of names of transformers classes")
+
+
+REDUCERS: Registry[TokenReducer] = Registry("reducer", "tokenreduce.reducers", TokenReducer, frozen_dataclass)
+MODELS: Registry[ModelFamily] = Registry("model", "tokenreduce.models", ModelFamily, names_its_classes)
+BENCHMARKS: Registry[Benchmark] = Registry("benchmark", "tokenreduce.benchmarks", Benchmark, frozen_dataclass)
+CONFIGURATIONS = ConfigurationPackages("configuration", "tokenreduce.configs")
 
 _BY_KIND: dict[str, Registry[Any]] = {"reducers": REDUCERS, "models": MODELS, "benchmarks": BENCHMARKS}
 
