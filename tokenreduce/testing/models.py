@@ -65,16 +65,22 @@ def tiny_llava(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = LlavaForConditionalGeneration(config)
+    draw_weights(model, seed)
+    with torch.no_grad():
+        model.lm_head.weight[PLACEHOLDER] = 0  # a model that answers with placeholders cannot hold a conversation
+    model.generation_config.pad_token_id = PAD
+    model.generation_config.eos_token_id = None  # random weights shall not end a comparison early
+    return model.to(dtype).eval()
+
+
+def draw_weights(model: PreTrainedModel, seed: int) -> None:
+    """Give every matrix of ``model`` random weights whose variance is 1.44 / fan-in."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 fan_in = parameter[0].numel()
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * (1.44 / fan_in) ** 0.5)
-        model.lm_head.weight[PLACEHOLDER] = 0  # a model that answers with placeholders cannot hold a conversation
-    model.generation_config.pad_token_id = PAD
-    model.generation_config.eos_token_id = None  # random weights shall not end a comparison early
-    return model.to(dtype).eval()
 
 
 def prompts(model: PreTrainedModel, images: Sequence[int] = (1,), seed: int = 0) -> dict[str, Tensor]:
