@@ -5,21 +5,27 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, cast
 
+import yaml
 from hydra import compose, initialize_config_module
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tokenreduce.knobs import nearest
-from tokenreduce.registry import BENCHMARKS, REDUCERS, Registry
+from tokenreduce.registry import BENCHMARKS, CONFIGURATIONS, REDUCERS, Registry
 
 CONFIG_MODULE = "tokenreduce_conf"
 CONFIG_NAME = "config"
@@ -32,8 +38,19 @@ RUN_SETTINGS: dict[str, dict[str, Any]] = {
 """What every node of a group has beside its plugin's own knobs."""
 
 
+class PluginConfigurations(SearchPathPlugin):
+    """Configuration files of other packages. They stand behind our own and behind the nodes made from plugins, so that
+    no file takes over a name."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        search_path.append(provider="schema", path="structured://")  # Hydra's own name for it
+        for name, package in CONFIGURATIONS.usable().items():
+            search_path.append(provider=CONFIGURATIONS.origin(name), path=f"pkg://{package.__name__}")
+
+
 def register_plugins() -> None:
-    """Give Hydra a node for every installed reducer and benchmark, so that ``reducer=NAME`` needs no file."""
+    """Give Hydra a node for every installed reducer and benchmark, so that ``reducer=NAME`` needs no file, and the
+    configuration files of their packages."""
     for group, registry in PLUGINS.items():
         for name, plugin in registry.usable().items():
             knobs = knob_defaults(plugin)
@@ -51,6 +68,32 @@ def register_plugins() -> None:
                     f"{group} {name!r} of {registry.origin(name)} cannot be used on the command line: {summary}",
                     stacklevel=2,
                 )
+    Plugins.instance().register(PluginConfigurations)
+    _point_out_hidden_files()
+
+
+def _point_out_hidden_files() -> None:
+    """Warn of every configuration file of a plugin's package whose name is taken, by a plugin or by another file."""
+    plugins = {
+        f"{group}/{name}": registry.origin(name) for group, registry in PLUGINS.items() for name in registry.names()
+    }
+    taken = {**plugins, **dict.fromkeys(_files(resources.files(CONFIG_MODULE)), "tokenreduce")}
+    for name, package in CONFIGURATIONS.usable().items():
+        origin = CONFIGURATIONS.origin(name)
+        for file in _files(resources.files(package)):
+            if file in taken:
+                message = f"the configuration {file}.yaml of {origin} is ignored: the name belongs to {taken[file]}"
+                warnings.warn(message, stacklevel=3)
+            taken.setdefault(file, origin)
+
+
+def _files(folder: Traversable, place: str = "") -> Iterator[str]:
+    """The configuration files below a folder, as ``group/name``."""
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            yield from _files(entry, f"{place}{entry.name}/")
+        elif entry.name.endswith(".yaml"):
+            yield place + entry.name.removesuffix(".yaml")
 
 
 def knob_defaults(plugin: type) -> dict[str, Any]:
@@ -84,6 +127,8 @@ def check_overrides(overrides: Sequence[str]) -> None:
             _explain(parsed)
             cause = f"\n{error.__cause__}" if isinstance(error.__cause__, OmegaConfBaseException) else ""
             raise ValueError(f"{error}{cause}") from error
+        except yaml.YAMLError as error:
+            raise ValueError(f"a configuration file cannot be read: {' '.join(str(error).split())}") from error
         if len(fixed) < len(parsed) or any(override.type is not OverrideType.CHANGE for override in parsed):
             _explain(parsed)
         _check_output(Path(str(config.output)))
