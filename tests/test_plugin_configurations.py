@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from importlib.metadata import EntryPoint
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 import pytest
@@ -32,8 +32,9 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
                 place.parent.mkdir(parents=True, exist_ok=True)
                 place.write_text(content)
         entries = [EntryPoint(name, name, THEIRS) for name in packages]
-        real = registry.entry_points
-        monkeypatch.setattr(registry, "entry_points", lambda group: entries if group == THEIRS else real(group=group))
+        monkeypatch.setattr(
+            registry, "entry_points", lambda group: entries if group == THEIRS else entry_points(group=group)
+        )
         monkeypatch.setattr(configuration, "CONFIGURATIONS", ConfigurationPackages("configuration", THEIRS))
 
     return install

@@ -7,9 +7,8 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from importlib import resources
-from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import yaml
 from hydra import compose, initialize_config_module
@@ -26,6 +25,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tokenreduce.knobs import nearest
 from tokenreduce.registry import BENCHMARKS, CONFIGURATIONS, REDUCERS, Registry
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
 
 CONFIG_MODULE = "tokenreduce_conf"
 CONFIG_NAME = "config"
