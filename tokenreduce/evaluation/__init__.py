@@ -1,11 +1,15 @@
 """Scores, costs and times of reducers: the loop over a benchmark, its records, the clock and the statistics."""
 
-from tokenreduce.evaluation.comparison import Settings, compare, read_metrics
+from tokenreduce.evaluation.comparison import Comparer, Settings, compare, read_metrics
+from tokenreduce.evaluation.processes import ProcessError, Processes
 from tokenreduce.evaluation.progress import Progress, Silent
 from tokenreduce.evaluation.records import Record, StorageError, read_records
 from tokenreduce.evaluation.run import evaluate
 
 __all__ = [
+    "Comparer",
+    "ProcessError",
+    "Processes",
     "Progress",
     "Record",
     "Settings",

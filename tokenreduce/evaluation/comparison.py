@@ -29,6 +29,7 @@ from tokenreduce.evaluation import statistics
 from tokenreduce.evaluation.clock import ReducerFor as ReducerForPrompt
 from tokenreduce.evaluation.clock import attached, first_token_times, peak_memory
 from tokenreduce.evaluation.identity import content_hash, run_identity
+from tokenreduce.evaluation.processes import Processes
 from tokenreduce.evaluation.progress import Progress
 from tokenreduce.evaluation.prompts import PLACE
 from tokenreduce.evaluation.records import Record, StorageError, storage, write_atomically
@@ -68,6 +69,10 @@ class Settings:
             if (value := getattr(self, name)) < 0:
                 raise ValueError(f"{name}={value} is negative; 0 leaves it out")
 
+    def described(self) -> dict[str, Any]:
+        """All but the place, which says nothing about the results."""
+        return {name: value for name, value in asdict(self).items() if name != "output"}
+
 
 @dataclass(frozen=True)
 class Run:
@@ -102,29 +107,11 @@ def compare(
     *,
     config: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
+    processes: Processes | None = None,
 ) -> tuple[Path, Metrics]:
-    """Compare ``reducer`` with the unreduced model and with random selection; returns the run's folder and its metrics.
-
-    ``config`` is whatever the caller wants to find again in ``config.yaml``. Runs that exist already are continued or
-    reused. Raises ``ValueError`` when no sample could be answered by every method.
-    """
-    comparison = _Comparison(model, processor, benchmark, reducer, settings, progress)
-    methods = comparison.methods()
-    main = methods.get(REDUCER, methods[UNREDUCED]).runs[0]
-    times, memory = comparison.measured(methods)
-    metrics = {
-        "schema": METRICS_SCHEMA,
-        "run": {"hash": main.hash, "folder": main.folder.name, "identity": main.identity},
-        "benchmark": comparison.describe_benchmark(methods),
-        "methods": {
-            key: _row(key, methods, comparison.answered(methods), times.get(key), memory.get(key)) for key in methods
-        },
-        "settings": {name: value for name, value in asdict(settings).items() if name != "output"},
-    }
-    if config is not None:
-        _write_config(main.folder, main.hash, main.identity, {"config": dict(config)})
-    write_atomically(main.folder / METRICS, json.dumps(metrics, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    return main.folder, metrics
+    """Compare ``reducer`` with the unreduced model and with random selection; see :meth:`Comparer.compare`."""
+    comparer = Comparer(model, processor, benchmark, settings, progress=progress, processes=processes)
+    return comparer.compare(reducer, config)
 
 
 def read_metrics(folder: Path | str) -> Metrics:
@@ -140,18 +127,25 @@ def read_metrics(folder: Path | str) -> Metrics:
     return metrics
 
 
-class _Comparison:
+class Comparer:
+    """Compares reducers on one model and benchmark, one after the other; they share what can be shared.
+
+    Several ``processes`` that do this alike share the work; the main one measures and writes.
+    """
+
     def __init__(
         self,
         model: PreTrainedModel,
         processor: Any,
         benchmark: Benchmark,
-        reducer: TokenReducer,
         settings: Settings,
-        progress: Progress | None,
+        *,
+        progress: Progress | None = None,
+        processes: Processes | None = None,
     ) -> None:
         self._model, self._processor, self._benchmark = model, processor, benchmark
-        self._reducer, self._settings = reducer, settings
+        self._settings = settings
+        self._processes = processes or Processes()
         self._runner = Runner(
             model,
             processor,
@@ -161,15 +155,55 @@ class _Comparison:
             max_new_tokens=settings.max_new_tokens,
             prompt=settings.prompt,
             progress=progress,
+            processes=self._processes,
         )
         self._by_id = {sample.id: sample for sample in self._runner.samples()}
 
-    def methods(self) -> dict[str, Method]:
+    def compare(self, reducer: TokenReducer, config: Mapping[str, Any] | None = None) -> tuple[Path, Metrics]:
+        """The folder of the reducer's run, and the comparison's metrics, which ``metrics.json`` there holds as well.
+
+        ``config`` is whatever the caller wants to find again in ``config.yaml``. Runs that exist already are continued
+        or reused. Raises ``ValueError`` when no sample could be answered by every method.
+        """
+        methods = self._methods(reducer)
+        main = methods.get(REDUCER, methods[UNREDUCED]).runs[0]
+        with self._processes.together():
+            if self._processes.main:
+                self._write(main, methods, config)
+        return main.folder, read_metrics(main.folder)
+
+    def finished(self, reducer: TokenReducer) -> tuple[Path, Metrics] | None:
+        """What :meth:`compare` gave when it was done before with these very settings; None if it was not."""
+        folder, identity = self._place(reducer)
+        if not (folder / METRICS).exists():
+            return None
+        metrics = read_metrics(folder)
+        baseline, _ = self._place(create("none"))
+        same = metrics["run"]["identity"] == identity and metrics["settings"] == self._settings.described()
+        return (folder, metrics) if same and metrics["methods"][UNREDUCED]["runs"] == [baseline.name] else None
+
+    def _write(self, main: Run, methods: Mapping[str, Method], config: Mapping[str, Any] | None) -> None:
+        times, memory = self.measured(methods)
+        metrics = {
+            "schema": METRICS_SCHEMA,
+            "run": {"hash": main.hash, "folder": main.folder.name, "identity": main.identity},
+            "benchmark": self.describe_benchmark(methods),
+            "methods": {
+                key: _row(key, methods, self.answered(methods), times.get(key), memory.get(key)) for key in methods
+            },
+            "settings": self._settings.described(),
+        }
+        if config is not None:
+            _write_config(main.folder, main.hash, main.identity, {"config": dict(config)})
+        text = json.dumps(metrics, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        write_atomically(main.folder / METRICS, text)
+
+    def _methods(self, reducer: TokenReducer) -> dict[str, Method]:
         """Every method with its records, the unreduced model first."""
         none = create("none")
         methods = {UNREDUCED: self._single(none, "unreduced")}
-        if type(self._reducer) is not type(none):
-            methods[REDUCER] = self._single(self._reducer, REDUCERS.name_of(self._reducer))
+        if type(reducer) is not type(none):
+            methods[REDUCER] = self._single(reducer, REDUCERS.name_of(reducer))
             if self._settings.random_seeds and (random := self._random(methods[REDUCER].runs[0])):
                 methods[RANDOM] = random
         return methods
@@ -223,7 +257,7 @@ class _Comparison:
         finally:
             runner.progress.finish()
         runner.forget()
-        batch = answered[: self._settings.batch_size]
+        batch = answered[: runner.fitting]
         inputs = runner.inputs(batch)
         memory: dict[str, int | None] = {}
         for key, method in methods.items():
@@ -268,9 +302,16 @@ class _Comparison:
     ) -> Run:
         digest = content_hash(identity)
         folder = self._settings.output / f"{name}-{digest}"
-        _write_config(folder, digest, identity, overwrite=False)
+        with self._processes.together():
+            if self._processes.main:
+                _write_config(folder, digest, identity, overwrite=False)
         records = self._runner.run(reducer, folder, phase, share_vision=share_vision)
         return Run(folder, digest, identity, {record.id: record for record in records})
+
+    def _place(self, reducer: TokenReducer) -> tuple[Path, dict[str, Any]]:
+        """The folder of a reducer's run, and its identity."""
+        identity = self._identity(reducer)
+        return self._settings.output / f"{REDUCERS.name_of(reducer)}-{content_hash(identity)}", identity
 
     def _identity(self, reducer: TokenReducer | Mapping[str, Any]) -> dict[str, Any]:
         return run_identity(

@@ -20,6 +20,8 @@ SCHEMA = 1
 """The version of a line's layout; a reader refuses newer ones."""
 
 RECORDS = "records.jsonl"
+PARTS = "records.part-*.jsonl"
+"""What one of several processes has written and :func:`merge` has not yet put where it belongs."""
 
 
 class StorageError(OSError):
@@ -142,16 +144,22 @@ def _load(path: Path) -> tuple[dict[str, Record], int]:
 
 
 class RecordFile:
-    """The records of one run, open for appending. Use it as a context manager, under the folder's lock."""
+    """The records of one run, open for appending. Use it as a context manager, under the folder's lock.
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / RECORDS
+    ``part`` is the place among several processes that write at the same time, each to a file of its own.
+    """
+
+    def __init__(self, folder: Path, part: int | None = None) -> None:
+        self._folder = folder
+        self.path = folder / (RECORDS if part is None else PARTS.replace("*", str(part)))
         self.records: dict[str, Record] = {}
         self._end = 0
         self._file: FileIO | None = None
 
     def __enter__(self) -> RecordFile:
         self.records, self._end = _load(self.path)
+        if self.path.name != RECORDS:
+            self.records = _load(self._folder / RECORDS)[0] | self.records
         with storage(self.path):
             # Unbuffered, so that an interrupted write leaves nothing behind that would be written later.
             self._file = FileIO(self.path, "a")
@@ -210,6 +218,24 @@ def write_atomically(path: Path, text: str) -> None:
             with suppress(OSError):
                 temporary.unlink()
             raise
+
+
+def merge(folder: Path, ids: Sequence[str]) -> None:
+    """Put the records of all processes into one file, in the benchmark's order; under the folder's lock.
+
+    Killed at any moment and called again, it ends the same: parts are deleted when their records stand elsewhere.
+    """
+    parts = sorted(folder.glob(PARTS))
+    found = _load(folder / RECORDS)[0]
+    merged = dict(found)
+    for part in parts:
+        merged = _load(part)[0] | merged
+    ordered = {record.id: record for record in in_order(merged, ids)} | merged  # others come after: a limit was lowered
+    if list(ordered) != list(found):
+        write_atomically(folder / RECORDS, "".join(record.line() for record in ordered.values()))
+    for part in parts:
+        with storage(part):
+            part.unlink()
 
 
 def in_order(records: dict[str, Record], ids: Sequence[str]) -> list[Record]:

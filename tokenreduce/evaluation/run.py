@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,19 @@ from tokenreduce.attach import SampleReduction
 from tokenreduce.benchmarks.benchmark import Benchmark, Sample
 from tokenreduce.budget import Cost, prefill_cost
 from tokenreduce.evaluation.clock import attached
+from tokenreduce.evaluation.processes import Processes
 from tokenreduce.evaluation.progress import Progress, Silent
 from tokenreduce.evaluation.prompts import PLACE, Prompts
-from tokenreduce.evaluation.records import ImageRecord, Record, RecordFile, StepRecord, in_order, storage
+from tokenreduce.evaluation.records import (
+    ImageRecord,
+    Record,
+    RecordFile,
+    StepRecord,
+    in_order,
+    merge,
+    read_records,
+    storage,
+)
 from tokenreduce.evaluation.vision import VisionMemory
 from tokenreduce.reducer import TokenReducer
 
@@ -47,13 +57,15 @@ def evaluate(
     max_new_tokens: int = 16,
     prompt: str = PLACE,
     progress: Progress | None = None,
+    processes: Processes | None = None,
 ) -> list[Record]:
     """Answer the first ``limit`` samples, or all of them, and return their records in order.
 
     What the folder already holds is not done again, so it must be this very run's
-    (:mod:`tokenreduce.evaluation.identity`); jobs that share a folder wait for each other. A sample that cannot be
-    read or answered becomes a record with its error. Raises ``StorageError`` when the folder cannot be written, and
-    the model's own error when the first samples all fail in it alike.
+    (:mod:`tokenreduce.evaluation.identity`); jobs that share a folder wait for each other, and several ``processes``
+    that call this alike share the work. A sample that cannot be read or answered becomes a record with its error; a
+    batch that does not fit into memory is halved. Raises ``StorageError`` when the folder cannot be written, and the
+    model's own error when the first samples all fail in it alike.
     """
     runner = Runner(
         model,
@@ -64,6 +76,7 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         prompt=prompt,
         progress=progress,
+        processes=processes,
     )
     return runner.run(reducer, Path(folder))
 
@@ -82,6 +95,7 @@ class Runner:
         max_new_tokens: int = 16,
         prompt: str = PLACE,
         progress: Progress | None = None,
+        processes: Processes | None = None,
     ) -> None:
         for name, value in (("batch_size", batch_size), ("limit", limit), ("max_new_tokens", max_new_tokens)):
             if value is not None and (not isinstance(value, int) or value < 1):
@@ -94,6 +108,8 @@ class Runner:
         self.max_new_tokens = max_new_tokens
         self.total = min(len(benchmark), limit or len(benchmark))
         self.progress = progress or Silent()
+        self.processes = processes or Processes()
+        self.fitting = batch_size
         self._available = len(benchmark)
         self._vision = VisionMemory(model)
         self._share_vision = False
@@ -118,22 +134,41 @@ class Runner:
         self._share_vision = share_vision
         reducer_for = (lambda _: reducer) if isinstance(reducer, TokenReducer) else reducer
         ids = [sample.id for sample in self.samples()]
-        with locked(folder, self.progress), RecordFile(folder) as file:
-            self.progress.start(phase, self.total, sum(each in file.records for each in ids))
-            try:
-                self._answer_missing(ids, reducer_for, file)
-            finally:
-                self.progress.finish()
-            return in_order(file.records, ids)
+        several = self.processes.count > 1
+        with ExitStack() as held:
+            with self.processes.together():
+                if self.processes.main:
+                    held.enter_context(locked(folder, self.progress))
+                    merge(folder, ids)  # a run of several processes may have been stopped before it came to that
+            with self.processes.together(), RecordFile(folder, self.processes.index if several else None) as file:
+                missing = self._missing(ids, file.records.keys())
+                share = self.processes.share(missing)
+                done = sum(each in file.records for each in ids)
+                self.progress.start(phase, done + sum(len(wanted) for _, wanted in share), done)
+                try:
+                    self._answer(share, reducer_for, file)
+                finally:
+                    self.progress.finish()
+            with self.processes.together():
+                if self.processes.main and missing:
+                    merge(folder, ids)
+            records = {record.id: record for record in read_records(folder)} if several else file.records
+            return in_order(records, ids)
 
-    def _answer_missing(self, ids: Sequence[str], reducer_for: ReducerFor, file: RecordFile) -> None:
+    def _missing(self, ids: Sequence[str], found: Container[str]) -> list[tuple[int, list[str]]]:
+        """Where each unfinished batch begins, and which of its samples have no record yet."""
+        batches = []
+        for start in range(0, self.total, self.batch_size):
+            wanted = [each for each in ids[start : start + self.batch_size] if each not in found]
+            if wanted:
+                batches.append((start, wanted))
+        return batches
+
+    def _answer(self, batches: Sequence[tuple[int, Sequence[str]]], reducer_for: ReducerFor, file: RecordFile) -> None:
         # Failures wait until something has succeeded: a run that cannot work at all shall leave no records.
         held: list[tuple[Record, Exception | None]] = []
         working = bool(file.records)
-        for start in range(0, self.total, self.batch_size):
-            wanted = set(ids[start : start + self.batch_size])
-            if wanted <= file.records.keys():
-                continue
+        for start, wanted in batches:
             # A limit that cuts a batch cuts its records, not the batch: neighbours can change an answer's last digits.
             batch = self.prompts.samples(start, min(start + self.batch_size, self._available))
             held += [pair for pair in self._batch(batch, reducer_for) if pair[0].id in wanted]
@@ -167,12 +202,23 @@ class Runner:
         return [done[sample.id] for sample in samples]
 
     def _generate(self, samples: Sequence[Sample], reducer: TokenReducer) -> list[tuple[Record, Exception | None]]:
+        if len(samples) > self.fitting:
+            parts = [samples[start : start + self.fitting] for start in range(0, len(samples), self.fitting)]
+            return [pair for part in parts for pair in self._generate(part, reducer)]
         try:
             return [(record, None) for record in self._answered(samples, reducer)]
         except Exception as error:  # one bad sample must not end a long run
             if len(samples) == 1:
                 return [(_failure(samples[0], _described(error)), error)]
-        return [pair for sample in samples for pair in self._generate([sample], reducer)]
+            crowded = out_of_memory(error)
+        # Outside of the handler, so that the failed call's tensors are free.
+        if not crowded:
+            return [pair for sample in samples for pair in self._generate([sample], reducer)]
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
+        self.fitting = len(samples) // 2
+        self.progress.note(f"out of memory with {len(samples)} samples at once: going on with {self.fitting}")
+        return self._generate(samples, reducer)
 
     def _answered(self, samples: Sequence[Sample], reducer: TokenReducer) -> list[Record]:
         inputs = self.inputs(samples)
@@ -204,6 +250,14 @@ class Runner:
         """Prompts and greedy answers, as token ids."""
         generate: Callable[..., Tensor] = self.model.generate
         return generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether this is one of the ways in which torch, or Python, says that memory is not enough."""
+    signs = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)
+    )
 
 
 @contextmanager
