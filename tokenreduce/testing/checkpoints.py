@@ -12,31 +12,52 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForImageTextToText,
+    CLIPImageProcessorPil,
     CLIPVisionConfig,
     Gemma3Config,
     Gemma3ImageProcessorPil,
+    GotOcr2ImageProcessorPil,
+    Idefics3Config,
+    Idefics3ImageProcessorPil,
+    InternVLConfig,
     LlamaConfig,
+    LlavaConfig,
     LlavaNextConfig,
     LlavaNextImageProcessorPil,
+    LlavaNextVideoConfig,
+    LlavaOnevisionConfig,
+    LlavaOnevisionImageProcessorPil,
+    PaliGemmaConfig,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
+    Qwen2Config,
+    Qwen2VLConfig,
     Qwen2VLImageProcessorPil,
+    Qwen3VLConfig,
+    SiglipImageProcessorPil,
+    SiglipVisionConfig,
+    SmolVLMConfig,
+    SmolVLMImageProcessorPil,
+    VideoLlavaConfig,
+    VideoLlavaImageProcessor,
 )
 
 from tokenreduce.testing.models import draw_weights
 
 VOCABULARY = 192
-_WORDS = (
-    "what which where how many is are there the a of in on colour shape red green blue square circle left right and"
+_WORDS = "what which where how many is are there the a of in on colour shape red green blue square circle left right"
+_SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
+_CONTENT = (
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}IMAGE "
+    "{% elif part['type'] == 'video' %}VIDEO {% else %}{{ part['text'] }} {% endif %}{% endfor %}"
 )
-_COMMON = ("<pad>", "<s>", "</s>", "<unk>", "USER:", "ASSISTANT:")
-_TEMPLATE = (
-    "{{{{ bos_token }}}}{{% for message in messages %}}USER: {{% for part in message['content'] %}}"
-    "{{% if part['type'] == 'image' %}}{image} {{% elif part['type'] == 'video' %}}{video} "
-    "{{% else %}}{{{{ part['text'] }}}} {{% endif %}}"
-    "{{% endfor %}}{{% endfor %}}{{% if add_generation_prompt %}}ASSISTANT:{{% endif %}}"
+_CHAT = (
+    "{{ bos_token }}{% for message in messages %}{{ message['role'] | upper }}: "
+    + _CONTENT
+    + "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
+_QUESTION = "{% for message in messages %}" + _CONTENT + "{% endfor %}"  # no chat, and no begin-of-text of its own
 
 Ids = Mapping[str, int]
 """The token id of every word."""
@@ -46,7 +67,8 @@ Ids = Mapping[str, int]
 class Recipe:
     """How a family's checkpoint is made. ``image`` and ``video`` are what a prompt says in the place of one.
 
-    ``named`` are tokens that the family's processor reads from its tokenizer by name; ``settings`` the processor's own.
+    ``named`` are tokens that the family's processor reads from its tokenizer by name; ``settings`` are the processor's
+    own, ``frames`` those of its video processor.
     """
 
     processor: str
@@ -57,18 +79,20 @@ class Recipe:
     tokens: tuple[str, ...] = ("<image>",)
     named: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    frames: Mapping[str, Any] = field(default_factory=dict)
+    template: str = _CHAT
 
 
 def write_checkpoint(family: str, directory: str | Path, *, seed: int = 0, words: Iterable[str] = ()) -> Path:
     """Write a small random-weight checkpoint of ``family``, with its processor, and return its directory.
 
     Its vocabulary holds ``words`` beside those for its own prompts. It never ends an answer and never answers with a
-    placeholder. Raises ``ValueError`` for a family that is not in :data:`RECIPES`.
+    special token. Raises ``ValueError`` for a family that is not in :data:`RECIPES`.
     """
     if family not in RECIPES:
         raise ValueError(f"there is no tiny checkpoint of {family!r}: known: {', '.join(RECIPES)}")
     recipe, directory = RECIPES[family], Path(directory)
-    names = list(dict.fromkeys([*_COMMON, *recipe.tokens, *_WORDS.split(), *words]))
+    names = list(dict.fromkeys([*_SPECIAL, *recipe.tokens, "USER:", "ASSISTANT:", *_WORDS.split(), *words]))
     if len(names) > VOCABULARY:
         raise ValueError(f"{len(names)} words and special tokens do not fit the vocabulary of {VOCABULARY}")
     names += [f"word{number}" for number in range(len(names), VOCABULARY)]
@@ -76,9 +100,14 @@ def write_checkpoint(family: str, directory: str | Path, *, seed: int = 0, words
     _write_model(recipe, ids, directory, seed)
     _tokenizer(recipe, ids).save_pretrained(directory)
     recipe.image_processor().save_pretrained(directory)
-    settings = {"processor_class": recipe.processor, **recipe.settings}
-    (directory / "processor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    _write_json(directory / "processor_config.json", {"processor_class": recipe.processor, **recipe.settings})
+    if recipe.frames:
+        _write_json(directory / "video_preprocessor_config.json", recipe.frames)
     return directory
+
+
+def _write_json(path: Path, settings: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(dict(settings), indent=2) + "\n")
 
 
 def _write_model(recipe: Recipe, ids: Ids, directory: Path, seed: int) -> None:
@@ -87,7 +116,7 @@ def _write_model(recipe: Recipe, ids: Ids, directory: Path, seed: int) -> None:
         model = AutoModelForImageTextToText.from_config(recipe.config(ids))
     draw_weights(model, seed)
     with torch.no_grad():
-        for token in recipe.tokens:
+        for token in (*_SPECIAL, *recipe.tokens):
             model.lm_head.weight[ids[token]] = 0
     model.generation_config.pad_token_id = ids["<pad>"]
     model.generation_config.eos_token_id = None  # random weights shall not end a comparison early
@@ -105,7 +134,7 @@ def _tokenizer(recipe: Recipe, ids: Ids) -> PreTrainedTokenizerFast:
         unk_token="<unk>",
         extra_special_tokens=[token for token in recipe.tokens if token not in recipe.named.values()],
         model_specific_special_tokens=dict(recipe.named),
-        chat_template=_TEMPLATE.format(image=recipe.image, video=recipe.video),
+        chat_template=recipe.template.replace("IMAGE", recipe.image).replace("VIDEO", recipe.video),
         padding_side="left",
     )
 
@@ -141,7 +170,27 @@ def _vision(**changes: Any) -> dict[str, Any]:
     }
 
 
+_SIZE = {"height": 32, "width": 32}
 _PINPOINTS = [[32, 64], [64, 32], [64, 64], [96, 32], [32, 96]]
+_CLIP_PICTURES = {"size": {"shortest_edge": 32}, "crop_size": _SIZE}
+_CLIP_FRAMES = {
+    **_CLIP_PICTURES,
+    "do_center_crop": True,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+_SQUARE_FRAMES = {"size": _SIZE, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+_CLASS_TOKEN = {"patch_size": 8, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+
+
+def _llava(tower: type[PreTrainedConfig]) -> Callable[[Ids], PreTrainedConfig]:
+    return lambda ids: LlavaConfig(
+        vision_config=tower(**_vision()),
+        text_config=LlamaConfig(**_text()),
+        image_token_index=ids["<image>"],
+        image_seq_length=16,
+        vision_feature_select_strategy="default" if tower is CLIPVisionConfig else "full",
+    )
 
 
 def _llava_next(ids: Ids) -> PreTrainedConfig:
@@ -154,16 +203,68 @@ def _llava_next(ids: Ids) -> PreTrainedConfig:
     )
 
 
+def _llava_next_video(ids: Ids) -> PreTrainedConfig:
+    return LlavaNextVideoConfig(
+        vision_config=CLIPVisionConfig(**_vision()),
+        text_config=LlamaConfig(**_text()),
+        image_token_index=ids["<image>"],
+        video_token_index=ids["<video>"],
+        image_grid_pinpoints=_PINPOINTS,
+        image_seq_length=16,
+        video_seq_length=4,
+    )
+
+
+def _video_llava(ids: Ids) -> PreTrainedConfig:
+    return VideoLlavaConfig(
+        vision_config=CLIPVisionConfig(**_vision()),
+        text_config=LlamaConfig(**_text()),
+        image_token_index=ids["<image>"],
+        video_token_index=ids["<video>"],
+        image_seq_length=16,
+        video_seq_length=17 * 4,
+    )
+
+
+def _llava_onevision(ids: Ids) -> PreTrainedConfig:
+    return LlavaOnevisionConfig(
+        vision_config=SiglipVisionConfig(**_vision(), vision_use_head=False),
+        text_config=Qwen2Config(**_text()),
+        image_token_index=ids["<image>"],
+        video_token_index=ids["<video>"],
+        image_grid_pinpoints=_PINPOINTS,
+        vision_aspect_ratio="anyres_max_2",  # four tiles are interpolated down to two tiles' worth of tokens
+    )
+
+
 _QWEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+_QWEN_ROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
+_QWEN_SIZE = {"shortest_edge": 4 * 256, "longest_edge": 20 * 256}  # 4 to 20 tokens of 16 x 16 pixels
 
 
-def _qwen_ids(ids: Ids) -> dict[str, int]:
+def _qwen_ids(ids: Ids) -> dict[str, Any]:
     return {
         "image_token_id": ids["<|image_pad|>"],
         "video_token_id": ids["<|video_pad|>"],
         "vision_start_token_id": ids["<|vision_start|>"],
         "vision_end_token_id": ids["<|vision_end|>"],
+        "tie_word_embeddings": False,
     }
+
+
+def _qwen2_vl(ids: Ids) -> PreTrainedConfig:
+    return Qwen2VLConfig(
+        vision_config={
+            "depth": 4,
+            "embed_dim": 32,
+            "hidden_size": 64,
+            "mlp_ratio": 2,
+            "num_heads": 4,
+            "patch_size": 8,
+        },
+        text_config=_text(rope_parameters=dict(_QWEN_ROPE)),
+        **_qwen_ids(ids),
+    )
 
 
 def _qwen2_5_vl(ids: Ids) -> PreTrainedConfig:
@@ -175,25 +276,88 @@ def _qwen2_5_vl(ids: Ids) -> PreTrainedConfig:
             "num_heads": 4,
             "patch_size": 8,
             "out_hidden_size": 64,
-            "window_size": 32,  # 2 x 2 tokens: a picture of 3 x 4 tokens has windows, and they permute its patches
+            "window_size": 32,  # 2 x 2 tokens: any larger picture has several windows, and its patches are permuted
             "fullatt_block_indexes": [1, 3],
         },
-        text_config=_text(rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}),
-        tie_word_embeddings=False,
+        text_config=_text(rope_parameters=dict(_QWEN_ROPE)),
         **_qwen_ids(ids),
     )
 
 
-def _qwen_pictures() -> Any:
-    return Qwen2VLImageProcessorPil(patch_size=8, size={"shortest_edge": 4 * 256, "longest_edge": 20 * 256})
+def _qwen3_vl(ids: Ids) -> PreTrainedConfig:
+    return Qwen3VLConfig(
+        vision_config={
+            "depth": 4,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 4,
+            "patch_size": 8,
+            "out_hidden_size": 64,
+            "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [0, 2],
+        },
+        text_config=_text(head_dim=16, rope_parameters={**_QWEN_ROPE, "mrope_interleaved": True}),
+        **_qwen_ids(ids),
+    )
 
 
-_GEMMA_TOKENS = ("<start_of_image>", "<end_of_image>", "<image_soft_token>")
+def _qwen(config: Callable[[Ids], PreTrainedConfig], processor: str) -> Recipe:
+    return Recipe(
+        processor=processor,
+        config=config,
+        image_processor=lambda: Qwen2VLImageProcessorPil(patch_size=8, size=dict(_QWEN_SIZE)),
+        image="<|vision_start|><|image_pad|><|vision_end|>",
+        video="<|vision_start|><|video_pad|><|vision_end|>",
+        tokens=_QWEN_TOKENS,
+        frames={"size": _QWEN_SIZE, "patch_size": 8, "temporal_patch_size": 2, "merge_size": 2},
+    )
+
+
+def _internvl(ids: Ids) -> PreTrainedConfig:
+    return InternVLConfig(
+        vision_config=_vision(image_size=[32, 32], patch_size=[8, 8], layer_scale_init_value=1.0),
+        text_config=Qwen2Config(**_text()),
+        image_token_id=ids["<IMG_CONTEXT>"],
+        image_seq_length=4,
+        tie_word_embeddings=False,
+    )
+
+
+_IDEFICS_TOKENS = (
+    "<image>",
+    "<fake_token_around_image>",
+    "<global-img>",
+    "<end_of_utterance>",
+    *(f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)),
+)
+_IDEFICS_PICTURES = {"size": {"longest_edge": 64}, "max_image_size": {"longest_edge": 32}}  # 2 x 2 tiles at most
+
+
+def _idefics(kind: type[PreTrainedConfig]) -> Callable[[Ids], PreTrainedConfig]:
+    return lambda ids: kind(
+        vision_config=_vision(),
+        text_config=LlamaConfig(**_text()),
+        image_token_id=ids["<image>"],
+        pad_token_id=ids["<pad>"],
+        scale_factor=2,
+        tie_word_embeddings=False,
+    )
+
+
+def _paligemma(ids: Ids) -> PreTrainedConfig:
+    return PaliGemmaConfig(
+        vision_config=SiglipVisionConfig(**_vision(), vision_use_head=False, projection_dim=64),
+        text_config={**_text(head_dim=16), "model_type": "gemma"},
+        image_token_index=ids["<image>"],
+        projection_dim=64,
+        hidden_size=64,
+        tie_word_embeddings=False,
+    )
 
 
 def _gemma3(ids: Ids) -> PreTrainedConfig:
     return Gemma3Config(
-        vision_config={**_vision(), "model_type": "siglip_vision_model", "vision_use_head": False},
+        vision_config=SiglipVisionConfig(**_vision(), vision_use_head=False),
         text_config=_text(
             head_dim=16,
             query_pre_attn_scalar=16,
@@ -210,28 +374,102 @@ def _gemma3(ids: Ids) -> PreTrainedConfig:
 
 
 RECIPES: Mapping[str, Recipe] = {
+    "llava": Recipe(
+        processor="LlavaProcessor",
+        config=_llava(CLIPVisionConfig),
+        image_processor=lambda: CLIPImageProcessorPil(**_CLIP_PICTURES),
+        settings=_CLASS_TOKEN,
+    ),
+    "llava_siglip": Recipe(
+        processor="LlavaProcessor",
+        config=_llava(SiglipVisionConfig),
+        image_processor=lambda: SiglipImageProcessorPil(size=_SIZE),
+        settings={"patch_size": 8, "vision_feature_select_strategy": "full", "num_additional_image_tokens": 0},
+    ),
     "llava_next": Recipe(
         processor="LlavaNextProcessor",
         config=_llava_next,
-        image_processor=lambda: LlavaNextImageProcessorPil(
-            size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, image_grid_pinpoints=_PINPOINTS
-        ),
-        settings={"patch_size": 8, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1},
+        image_processor=lambda: LlavaNextImageProcessorPil(**_CLIP_PICTURES, image_grid_pinpoints=_PINPOINTS),
+        settings=_CLASS_TOKEN,
     ),
-    "qwen2_5_vl": Recipe(
-        processor="Qwen2_5_VLProcessor",
-        config=_qwen2_5_vl,
-        image_processor=_qwen_pictures,
-        image="<|vision_start|><|image_pad|><|vision_end|>",
-        video="<|vision_start|><|video_pad|><|vision_end|>",
-        tokens=_QWEN_TOKENS,
+    "llava_next_video": Recipe(
+        processor="LlavaNextVideoProcessor",
+        config=_llava_next_video,
+        image_processor=lambda: LlavaNextImageProcessorPil(**_CLIP_PICTURES, image_grid_pinpoints=_PINPOINTS),
+        video="<video>",
+        tokens=("<image>", "<video>"),
+        settings=_CLASS_TOKEN,
+        frames=_CLIP_FRAMES,
+    ),
+    "video_llava": Recipe(
+        processor="VideoLlavaProcessor",
+        config=_video_llava,
+        image_processor=lambda: VideoLlavaImageProcessor(**_CLIP_PICTURES),
+        video="<video>",
+        tokens=("<image>", "<video>"),
+        settings=_CLASS_TOKEN,
+        frames=_CLIP_FRAMES,
+    ),
+    "llava_onevision": Recipe(
+        processor="LlavaOnevisionProcessor",
+        config=_llava_onevision,
+        image_processor=lambda: LlavaOnevisionImageProcessorPil(size=_SIZE, image_grid_pinpoints=_PINPOINTS),
+        video="<video>",
+        tokens=("<image>", "<video>"),
+        settings={
+            "num_image_tokens": 16,
+            "vision_feature_select_strategy": "full",
+            "vision_aspect_ratio": "anyres_max_2",
+        },
+        frames=_SQUARE_FRAMES,
+    ),
+    "qwen2_vl": _qwen(_qwen2_vl, "Qwen2VLProcessor"),
+    "qwen2_5_vl": _qwen(_qwen2_5_vl, "Qwen2_5_VLProcessor"),
+    "qwen3_vl": _qwen(_qwen3_vl, "Qwen3VLProcessor"),
+    "internvl": Recipe(
+        processor="InternVLProcessor",
+        config=_internvl,
+        image_processor=lambda: GotOcr2ImageProcessorPil(size=_SIZE, crop_to_patches=True, max_patches=4),
+        image="<IMG_CONTEXT>",
+        video="<video>",
+        tokens=("<img>", "</img>", "<IMG_CONTEXT>", "<video>"),
+        named={
+            "start_image_token": "<img>",
+            "end_image_token": "</img>",
+            "context_image_token": "<IMG_CONTEXT>",
+            "video_token": "<video>",
+        },
+        settings={"image_seq_length": 4},
+        frames=_SQUARE_FRAMES,
+    ),
+    "idefics3": Recipe(
+        processor="Idefics3Processor",
+        config=_idefics(Idefics3Config),
+        image_processor=lambda: Idefics3ImageProcessorPil(**_IDEFICS_PICTURES),
+        tokens=_IDEFICS_TOKENS,
+        settings={"image_seq_len": 4},
+    ),
+    "smolvlm": Recipe(
+        processor="SmolVLMProcessor",
+        config=_idefics(SmolVLMConfig),
+        image_processor=lambda: SmolVLMImageProcessorPil(**_IDEFICS_PICTURES),
+        video="<video>",
+        tokens=(*_IDEFICS_TOKENS, "<video>"),
+        settings={"image_seq_len": 4},
+        frames={**_SQUARE_FRAMES, **_IDEFICS_PICTURES},
+    ),
+    "paligemma": Recipe(
+        processor="PaliGemmaProcessor",
+        config=_paligemma,
+        image_processor=lambda: SiglipImageProcessorPil(size=_SIZE, image_seq_length=16),
+        template=_QUESTION,
     ),
     "gemma3": Recipe(
         processor="Gemma3Processor",
         config=_gemma3,
-        image_processor=lambda: Gemma3ImageProcessorPil(size={"height": 32, "width": 32}),
+        image_processor=lambda: Gemma3ImageProcessorPil(size=_SIZE),
         image="<start_of_image>",
-        tokens=_GEMMA_TOKENS,
+        tokens=("<start_of_image>", "<end_of_image>", "<image_soft_token>"),
         named={
             "boi_token": "<start_of_image>",
             "eoi_token": "<end_of_image>",
