@@ -1,5 +1,5 @@
-"""Processors, for every installation: without torchvision too, where the classes that also read videos cannot be
-made."""
+"""Processors, for every installation: without torchvision too, where transformers refuses to make those that also read
+videos."""
 
 from __future__ import annotations
 
@@ -8,30 +8,35 @@ from typing import Any
 
 from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.models.auto.video_processing_auto import get_video_processor_config
 from transformers.utils import is_torchvision_available
+
+from tokenreduce.models.videos import VideoFrames
 
 
 def processor_of(path: str | Path, **options: Any) -> Any:
-    """A checkpoint's processor, with pictures prepared by PIL (torchvision's own resizing gives other pixels).
+    """A checkpoint's processor, with pictures prepared by PIL (torchvision resizes to other pixels).
 
-    Processors with a video processor cannot be made without torchvision. There the checkpoint's own processor class is
-    assembled from its image processor and tokenizer, and prepares images and text as it always does.
-    ``options`` are those of ``from_pretrained``.
+    A processor that has a video processor cannot be loaded without torchvision. There the checkpoint's own processor
+    class is put together from its image processor, its tokenizer and :class:`~tokenreduce.models.videos.VideoFrames`:
+    images and text are prepared exactly as ever. ``options`` are those of ``from_pretrained``.
     """
     kind = PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(path, **options)), None)
     if kind is None or "video_processor" not in kind.get_attributes() or is_torchvision_available():
         return AutoProcessor.from_pretrained(path, backend="pil", **options)
+    image_processor = AutoImageProcessor.from_pretrained(path, backend="pil", **options)
+    settings = get_video_processor_config(path, **options)
     parts = {
-        "image_processor": AutoImageProcessor.from_pretrained(path, backend="pil", **options),
+        "image_processor": image_processor,
         "tokenizer": AutoTokenizer.from_pretrained(path, **options),
-        "video_processor": None,
+        "video_processor": VideoFrames(kind.__name__, image_processor, settings),
     }
-    settings, _ = kind.get_processor_dict(path, **options)
-    return _without_torchvision(kind).from_args_and_dict([parts[name] for name in kind.get_attributes()], settings)
+    own, _ = kind.get_processor_dict(path, **options)
+    return _without_torchvision(kind).from_args_and_dict([parts[name] for name in kind.get_attributes()], own)
 
 
 def _without_torchvision(kind: type[Any]) -> type[Any]:
-    """``kind``, which takes a video processor of any class; transformers' own base class needs torchvision."""
+    """``kind``, with a video processor of any class; transformers' own base class needs torchvision."""
 
     def check(self: Any, name: str, part: Any) -> Any:
         return type(part) if name == "video_processor" else kind.check_argument_for_proper_class(self, name, part)
