@@ -1,54 +1,158 @@
-"""FLOPs are checked against torch's own counter, lengths and bytes against the cache."""
+"""A budget is met on counts alone: as nearly as the knob can, and refused where out of reach."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import pytest
-import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import DynamicCache, LlamaConfig, LlavaForConditionalGeneration
+from transformers import LlamaConfig
 
-from tokenreduce import create, reduce_tokens
-from tokenreduce.budget import prefill_cost
-from tokenreduce.flops import paper_flops
-from tokenreduce.testing import prompts, tiny_llava
+from tokenreduce import available, create
+from tokenreduce.budget import AdaptiveError, Budget, Currency, Layout, layer_counts, solve
+from tokenreduce.flops import decoder_flops
+from tokenreduce.reducer import AtInput, AtProjector, Geometry, Grid, Keep, Step, TokenReducer
 
-
-@pytest.mark.parametrize("key_heads", [4, 2])
-@pytest.mark.parametrize("name", ["none", "uniform", "downsample", "no_image"])
-def test_flops_agree_with_torchs_counter(name: str, key_heads: int) -> None:
-    model = tiny_llava(key_heads=key_heads)
-    inputs = prompts(model, [2])
-    # The counter sees nothing of fused CPU attention, so the math kernel is forced; it computes the whole square.
-    with reduce_tokens(model, create(name)) as attachment, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        counter = FlopCounterMode(display=False)
-        with counter:
-            model(**inputs, logits_to_keep=1)
-    (cost,) = prefill_cost(model, attachment.samples, causal=False)
-    assert cost.vision_flops + cost.llm_flops == pytest.approx(counter.get_total_flops(), rel=0.01)
+LLAVA = Geometry(encoder_layers=24, decoder_layers=32, feature_layer=22, class_token=True)
+SQUARE = Layout((Grid(24, 24),), text=64)
+WIDE = Layout((Grid(12, 20), Grid(30, 30)), text=20)
+DECODER = LlamaConfig()
+ADAPTIVE = {"prumerge", "prumerge_plus"}
+WITHOUT_KNOB = {"none", "no_image"}
+INSIDE = {"fastv", "dart", "pyramiddrop", "sparsevlm", "vtw"}
+"""They drop inside the language model: what enters is always everything."""
 
 
-def test_lengths_and_bytes_are_those_of_the_cache(llava: LlavaForConditionalGeneration) -> None:
-    inputs, cache = prompts(llava, [1]), DynamicCache()
-    with reduce_tokens(llava, "uniform", keep=9) as attachment, torch.no_grad():
-        llava(**inputs, past_key_values=cache)
-    (cost,) = prefill_cost(llava, attachment.samples)
-    stored = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert cost.kv_bytes == stored
-    assert (cost.entering, cost.layer_mean) == (9, 9)
+def solved(
+    name: str, currency: Currency, value: Keep, layouts: Sequence[Layout] = (SQUARE,), **knobs: object
+) -> tuple[TokenReducer, float]:
+    solution = solve(create(name, **knobs), Budget(currency, value), LLAVA, layouts, DECODER)
+    return solution.reducer, solution.expected
 
 
-def test_causal_attention_is_half_the_square(llava: LlavaForConditionalGeneration) -> None:
-    inputs = prompts(llava, [1])
-    with reduce_tokens(llava, "none") as attachment, torch.no_grad():
-        llava(**inputs)
-    causal, square = (prefill_cost(llava, attachment.samples, causal=flag)[0].llm_flops for flag in (True, False))
-    assert causal < square
+def mean(reducer: TokenReducer, layout: Layout = SQUARE) -> float:
+    return sum(layer_counts(reducer, LLAVA, layout)) / LLAVA.decoder_layers
 
 
-def test_the_papers_formula_gives_the_papers_figures() -> None:
-    config = LlamaConfig()  # 7B: 32 layers, width 4096, inner width 11008
-    text = 64
-    assert paper_flops([576 + text] * 32, config) / 1e12 == pytest.approx(3.33, abs=0.005)
-    assert paper_flops([576 + text] * 2 + [288 + text] * 30, config) / 1e12 == pytest.approx(1.90, abs=0.005)
-    assert paper_flops([576 + text] * 32, config, feed_forward_matrices=3) / 1e12 == pytest.approx(4.25, abs=0.005)
+@pytest.mark.parametrize(("value", "keep"), [(192, 166), (128, 98), (64, 30)])
+def test_fastv_at_the_published_layer_means_keeps_the_published_numbers(value: int, keep: int) -> None:
+    reducer, expected = solved("fastv", "layer_mean", value)
+    assert reducer == create("fastv", keep=keep), "the run is the very one that a setting by hand gives"
+    assert expected == mean(reducer) == pytest.approx(value, abs=0.5)
+
+
+def test_published_settings_have_the_published_layer_means() -> None:
+    assert mean(create("pyramiddrop")) == 270
+    assert mean(create("vtw", layer=15)) == 270
+    assert mean(create("sparsevlm")) == pytest.approx(206.5, abs=0.1)
+    assert mean(create("dart", keep=128)) == 159.75
+    assert mean(create("tome", keep=192)) == mean(create("flowcut", keep=192)) == 192
+
+
+@pytest.mark.parametrize("currency", ["tokens", "layer_mean", "flops"])
+@pytest.mark.parametrize(("value", "layouts"), [(0.5, (SQUARE,)), (0.34, (SQUARE, WIDE))])
+@pytest.mark.parametrize("name", sorted({*available("reducers")} - ADAPTIVE - WITHOUT_KNOB - {"chain"}))
+def test_every_method_can_cost_the_same(name: str, layouts: Sequence[Layout], value: float, currency: Currency) -> None:
+    if currency == "tokens" and name in INSIDE:
+        with pytest.raises(ValueError, match=r"tokens entering .* whatever its knob says.* use budget=layer_mean"):
+            solved(name, currency, value, layouts)
+        return
+    solution = solve(create(name), Budget(currency, value), LLAVA, layouts, DECODER)
+    assert solution.least < solution.asked < solution.most
+    counts = [layer_counts(solution.reducer, LLAVA, layout) for layout in layouts]
+    match currency:
+        case "tokens":
+            spent = [float(each[0]) for each in counts]
+        case "layer_mean":
+            spent = [sum(each) / 32 for each in counts]
+        case "flops":
+            texts = [layout.text for layout in layouts]
+            spent = [decoder_flops([text + n for n in each], DECODER) for text, each in zip(texts, counts, strict=True)]
+    assert solution.expected == pytest.approx(sum(spent) / len(layouts))
+    coarse = 0.03 if name in {"fopru_row", "downsample", "pool", "vtw"} else 0.005
+    assert solution.expected / solution.whole == pytest.approx(value, abs=coarse)
+
+
+def test_a_share_stays_a_ratio_and_a_short_one_where_pictures_differ() -> None:
+    reducer, _ = solved("fopru_rank", "tokens", 0.11)
+    assert reducer == create("fopru_rank", keep=0.11), "63 of 576, as by hand"
+    reducer, expected = solved("divprune", "layer_mean", 300, (SQUARE, WIDE))
+    assert isinstance(keep := reducer.knobs()["keep"], float) and len(str(keep)) <= 8
+    assert expected == pytest.approx(300, abs=1)
+
+
+def test_a_whole_budget_changes_nothing() -> None:
+    for name in ("fastv", "pyramiddrop", "random", "tome"):
+        reducer, expected = solved(name, "layer_mean", 1.0)
+        assert expected == mean(reducer) == 576
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("pyramiddrop", 100, r"PyramidDrop cannot cost a layer mean of 100 .*from a layer mean of 144\.8 .* to .* 576"),
+        ("fastv", 30, r"FastV cannot cost .* 30 .*: on this model it costs from a layer mean of 36\.94"),
+        ("vtw", 575, r"to a layer mean of 558 visual tokens \(0\.969 of the unreduced model's\)"),
+        ("visionzip", 0.001, r"from a layer mean of 2 visual tokens"),
+        ("fopru_row", 23, r"from a layer mean of 24 visual tokens"),
+        ("none", 0.5, r"NoReduction has no knob .* meets no budget: it costs a layer mean of 576 visual tokens"),
+        ("no_image", 0.5, r"NoImage has no knob .*: it costs a layer mean of 0 visual tokens"),
+        ("prumerge", 0.5, r"PruMerge decides by the picture how many tokens it keeps"),
+    ],
+)
+def test_what_is_out_of_reach_is_refused_with_the_range(name: str, value: Keep, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        solved(name, "layer_mean", value)
+
+
+@pytest.mark.parametrize(
+    ("currency", "value", "message"),
+    [
+        ("flop", 0.5, "budget=flop is no currency: choose one of tokens, layer_mean, flops"),
+        ("flops", 192, "budget.value=192: a budget of FLOPs is a ratio"),
+        ("tokens", 192.0, "budget.value: keep=192.0 is not a ratio .* write 192"),
+        ("tokens", 0, "at least 1"),
+        ("tokens", "much", "budget.value='much' is not a number"),
+    ],
+)
+def test_a_budget_that_means_nothing_is_refused(currency: Currency, value: Keep, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Budget(currency, value)
+
+
+def test_in_a_chain_the_last_reducer_meets_the_budget() -> None:
+    chain = create("chain", reducers=[{"name": "divprune", "keep": 288}, {"name": "fastv", "keep": 0.5}])
+    solution = solve(chain, Budget("layer_mean", 128), LLAVA, [SQUARE], DECODER)
+    before, last = solution.reducer.parts()
+    assert before == create("divprune", keep=288)
+    assert isinstance(keep := last.knobs()["keep"], int)
+    assert (2 * 288 + 30 * keep) / 32 == solution.expected == pytest.approx(128, abs=0.5)
+    assert solution.most == 288
+
+
+def test_special_tokens_count_while_a_visual_one_is_left() -> None:
+    lines = Layout((Grid(24, 24),), special=24, text=64)
+    assert layer_counts(create("random", keep=100), LLAVA, lines) == (124,) * 32
+    assert layer_counts(create("no_image"), LLAVA, lines) == (0,) * 32
+
+
+@dataclass(frozen=True)
+class Undecided(TokenReducer):
+    """Adaptive first, and then at most 100."""
+
+    def steps(self, geometry: Geometry) -> Sequence[Step]:
+        return [AtProjector(), AtProjector(keep=100)]
+
+
+@dataclass(frozen=True)
+class Shrinking(TokenReducer):
+    """A smaller picture, of which the model itself decides how much it takes."""
+
+    def steps(self, geometry: Geometry) -> Sequence[Step]:
+        return [AtInput(keep=0.25), AtProjector()]
+
+
+def test_an_adaptive_step_matters_only_where_it_has_the_last_word() -> None:
+    assert layer_counts(Undecided(), LLAVA, SQUARE) == (100,) * 32
+    with pytest.raises(AdaptiveError, match="Shrinking decides by the picture"):
+        layer_counts(Shrinking(), LLAVA, SQUARE)

@@ -9,7 +9,7 @@ import torch
 from transformers import LlavaForConditionalGeneration as Model
 
 from tokenreduce import create, reduce_tokens
-from tokenreduce.budget import prefill_cost
+from tokenreduce.evaluation.costs import prefill_cost
 from tokenreduce.evaluation.identity import reducer_identity
 from tokenreduce.testing import check_reducer, prompts
 

@@ -11,6 +11,7 @@ from tokenreduce.reducer import (
     AtEncoderOutput,
     AtProjector,
     Geometry,
+    Keep,
     Positions,
     Selection,
     Span,
@@ -60,6 +61,11 @@ class Chain(TokenReducer):
 
     def with_positions(self, positions: Positions) -> Chain:
         return replace(self, reducers=tuple(reducer.with_positions(positions) for reducer in self.reducers))
+
+    def with_keep(self, keep: Keep) -> Chain:
+        """The last reducer's knob is turned; those before it stay as they are."""
+        *others, last = self.reducers
+        return replace(self, reducers=(*others, last.with_keep(keep)))
 
     def parts(self) -> Sequence[TokenReducer]:
         return list(chain.from_iterable(reducer.parts() for reducer in self.reducers))

@@ -289,6 +289,17 @@ class TokenReducer(ABC):
         """This reducer with another position policy."""
         return dataclasses.replace(self, positions=positions)
 
+    def with_keep(self, keep: Keep) -> Self:
+        """This reducer with another setting of how much it keeps: what an equal budget is solved by.
+
+        That is the knob ``keep``; a method whose knob has another name or form overrides this, so that a larger
+        ``keep`` never keeps less. Raises ``TypeError`` where there is no such knob, or where it takes no number of
+        tokens.
+        """
+        if not isinstance(getattr(self, "keep", None), int | float):
+            raise TypeError(f"{type(self).__name__} has no knob for how much it keeps")
+        return dataclasses.replace(self, **{"keep": keep})
+
     def parts(self) -> Sequence[TokenReducer]:
         """The methods that this reducer consists of: itself, unless it composes others."""
         return [self]

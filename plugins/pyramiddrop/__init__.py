@@ -7,12 +7,13 @@ published.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from tokenreduce.reducer import (
     AtDecoder,
     Geometry,
+    Keep,
     Layer,
     Selection,
     Span,
@@ -71,3 +72,9 @@ class PyramidDrop(TokenReducer):
 
     def select(self, step: Step, tokens: VisualTokens) -> Selection:
         return Selection(best(tokens[step.sees[0]].mean(-1)[0], tokens.keep))
+
+    def with_keep(self, keep: Keep) -> PyramidDrop:
+        """``keep`` is the paper's lambda: what every drop leaves of what the one before it left."""
+        if isinstance(keep, int):
+            raise TypeError("PyramidDrop drops in several layers, each a share of what is there: give a ratio")
+        return replace(self, ratios=tuple(keep ** (drop + 1) for drop in range(len(self.layers))))

@@ -7,7 +7,7 @@ tokens on average, merged ones included.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -86,6 +86,15 @@ class SparseVlm(TokenReducer):
         source[recycled] = len(kept) + cluster
         features = torch.cat([tokens.features[kept], merged])
         return Selection(torch.cat([kept, recycled[centres]]), features, source, carry=words)
+
+    def with_keep(self, keep: Keep) -> SparseVlm:
+        """``keep`` is what the first pruning keeps; the others follow in the proportions that they have."""
+        if len({isinstance(each, int) for each in self.keeps}) != 1:
+            raise ValueError(f"keeps={self.keeps} mixes ratios with numbers, which have no proportions: use one kind")
+        shares = [each / self.keeps[0] for each in self.keeps]
+        if isinstance(keep, int):
+            return replace(self, keeps=tuple(max(1, round(keep * share)) for share in shares))
+        return replace(self, keeps=tuple(min(1.0, keep * share) for share in shares))
 
     @staticmethod
     def _kept(step: Step, span: Span) -> int:

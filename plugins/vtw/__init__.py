@@ -7,8 +7,9 @@ of depth carries over. The published thresholds of the search are 0.003 (LLaVA-1
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +19,7 @@ from torch.nn.functional import kl_div
 from tokenreduce.reducer import (
     AtDecoder,
     Geometry,
+    Keep,
     Layer,
     Positions,
     Selection,
@@ -55,6 +57,12 @@ class Vtw(TokenReducer):
 
     def select(self, step: Step, tokens: VisualTokens) -> Selection:
         return Selection(tokens.index[:0])
+
+    def with_keep(self, keep: Keep) -> Vtw:
+        """``keep`` is the share of the layers that see the picture."""
+        if isinstance(keep, int):
+            raise TypeError("VTW keeps all visual tokens for some of the layers: give a ratio")
+        return replace(self, layer=min(keep, math.nextafter(1, 0)))
 
 
 def divergences(next_logits: NextLogits, sample: Any, layers: Sequence[int]) -> Tensor:

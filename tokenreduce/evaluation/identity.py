@@ -32,6 +32,7 @@ _CORE = (
     "flops.py",
     "attach",
     "models",
+    "evaluation/costs.py",
     "evaluation/prompts.py",
     "evaluation/run.py",
     "evaluation/vision.py",

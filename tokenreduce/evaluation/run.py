@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 
 from tokenreduce.attach import SampleReduction
 from tokenreduce.benchmarks.benchmark import Benchmark, Sample
-from tokenreduce.budget import Cost, prefill_cost
 from tokenreduce.evaluation.clock import attached
+from tokenreduce.evaluation.costs import Cost, prefill_cost
 from tokenreduce.evaluation.processes import Processes
 from tokenreduce.evaluation.progress import Progress, Silent
 from tokenreduce.evaluation.prompts import PLACE, Prompts

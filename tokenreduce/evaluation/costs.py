@@ -1,0 +1,77 @@
+"""What a reduction saves, in three currencies: tokens that enter the language model, layer mean, and prefill FLOPs.
+
+All are summed from the lengths that the decoder layers really saw; :mod:`tokenreduce.flops` says what a FLOP is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from tokenreduce.attach import SampleReduction
+from tokenreduce.budget import Budget, Layout, Solution, solve
+from tokenreduce.flops import decoder_flops, key_width
+from tokenreduce.models.family import Inputs, ModelFamily, family_of
+from tokenreduce.reducer import TokenReducer
+from tokenreduce.registry import MODELS
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The prefill of one sample.
+
+    entering:     visual tokens that enter the language model
+    layer_mean:   visual tokens at the input of a decoder layer, averaged over layers
+    vision_flops: vision tower and projector
+    llm_flops:    the decoder layers, and the output layer for the last position
+    kv_bytes:     the key-value cache after prefill
+    """
+
+    entering: int
+    layer_mean: float
+    vision_flops: float
+    llm_flops: float
+    kv_bytes: int
+
+
+def prefill_cost(model: PreTrainedModel, samples: Sequence[SampleReduction], causal: bool = True) -> list[Cost]:
+    """The cost of prefilling every sample of a reduced call."""
+    family = family_of(model, MODELS.usable())
+    return [sample_cost(family, sample, causal) for sample in samples]
+
+
+def sample_cost(family: ModelFamily, sample: SampleReduction, causal: bool = True) -> Cost:
+    """The cost of prefilling one sample."""
+    config = family.model.config.get_text_config()
+    text = sample.lengths[0] - sample.entering
+    patches = [image.encoded for image in sample.images]
+    return Cost(
+        entering=sample.entering,
+        layer_mean=sum(length - text for length in sample.lengths) / len(sample.lengths),
+        vision_flops=sum(family.vision_flops(count) for count in patches if count),
+        llm_flops=decoder_flops(sample.lengths, config, causal),
+        kv_bytes=sum(sample.lengths) * 2 * key_width(config) * family.model.dtype.itemsize,
+    )
+
+
+def within_budget(model: PreTrainedModel, reducer: TokenReducer, budget: Budget, prompts: Iterable[Inputs]) -> Solution:
+    """Hold a reducer to a budget on this model (:func:`tokenreduce.budget.solve`).
+
+    ``prompts`` are single-row inputs of ``generate``: the pictures and texts that costs are averaged over.
+    """
+    family = family_of(model, MODELS.usable())
+    layouts = [layout(family, inputs) for inputs in prompts]
+    return solve(reducer, budget, family.geometry, layouts, model.config.get_text_config())
+
+
+def layout(family: ModelFamily, inputs: Inputs) -> Layout:
+    """What a single prompt looks like before anything is computed."""
+    pictures = family.pictures(inputs)
+    visual = sum(len(picture.tokens) for picture in pictures)
+    return Layout(
+        grids=tuple(tile.grid for picture in pictures for tile in picture.tiles),
+        special=sum(int((picture.tokens < 0).sum()) for picture in pictures),
+        text=int(inputs["attention_mask"].sum()) - visual,
+    )
