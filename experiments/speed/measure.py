@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from tokenreduce import create, reduce_tokens
-from tokenreduce.budget import prefill_cost
+from tokenreduce.evaluation.costs import prefill_cost
 from tokenreduce.reducer import AtDecoder, AtProjector, TokenReducer
 from tokenreduce.signals import EncoderAttention
 from tokenreduce.testing import Identity
