@@ -3,11 +3,15 @@ are)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
 from tokenreduce.testing import tiny_llava
+from tokenreduce.testing.checkpoints import write_checkpoint
 
 torch.set_num_threads(1)
 
@@ -16,3 +20,16 @@ torch.set_num_threads(1)
 def llava() -> LlavaForConditionalGeneration:
     """A CLIP + Llama model of 36 visual tokens. Shared: tests leave it as they found it."""
     return tiny_llava()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The directory of a family's tiny checkpoint, written once."""
+    written: dict[str, Path] = {}
+
+    def directory(family: str) -> Path:
+        if family not in written:
+            written[family] = write_checkpoint(family, tmp_path_factory.mktemp(family))
+        return written[family]
+
+    return directory

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
 from transformers import (
     AutoModelForImageTextToText,
     CLIPImageProcessorPil,
@@ -104,6 +107,46 @@ def write_checkpoint(family: str, directory: str | Path, *, seed: int = 0, words
     if recipe.frames:
         _write_json(directory / "video_preprocessor_config.json", recipe.frames)
     return directory
+
+
+def picture(seed: int, height: int, width: int) -> Image.Image:
+    """A picture of noise."""
+    return Image.fromarray(_noise(seed, height, width))
+
+
+def video(seed: int, frames: int, height: int, width: int) -> np.ndarray:
+    """Frames of noise, ``(frames, height, width, 3)``."""
+    return _noise(seed, frames, height, width)
+
+
+def _noise(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 255, (*shape, 3), dtype=np.uint8)
+
+
+def ask(
+    processor: Any,
+    images: Sequence[Sequence[Image.Image]],
+    videos: Sequence[Sequence[np.ndarray]] | None = None,
+) -> dict[str, Tensor]:
+    """A left-padded batch for ``generate``: one question for every row of ``images`` (and of ``videos``), of another
+    length in each, about the row's videos and pictures."""
+    films = videos or [()] * len(images)
+    conversations = []
+    for number, (shown, played) in enumerate(zip(images, films, strict=True)):
+        question = " ".join(_WORDS.split()[number : 2 * number + 3])
+        parts = [{"type": "video"} for _ in played] + [{"type": "image"} for _ in shown]
+        conversations.append([{"role": "user", "content": [*parts, {"type": "text", "text": question}]}])
+    features = processor(
+        text=processor.apply_chat_template(conversations, add_generation_prompt=True),
+        images=[list(row) for row in images] if any(images) else None,
+        **({"videos": [film for row in films for film in row]} if any(map(len, films)) else {}),
+        padding=True,
+        padding_side="left",
+        add_special_tokens=False,  # the template writes them
+        return_tensors="pt",
+    )
+    # PaliGemma's processor prepares training targets too.
+    return {name: value for name, value in features.items() if isinstance(value, Tensor) and name != "labels"}
 
 
 def _write_json(path: Path, settings: Mapping[str, Any]) -> None:
