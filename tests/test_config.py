@@ -21,7 +21,7 @@ from tokenreduce.reporting.tracking import Tracking
 CONFIGS = resources.files(CONFIG_MODULE)
 REQUIRED = {"chain": ["reducer.reducers=[{name: pool, keep: 0.5}, {name: uniform, keep: 4}]"]}
 """What a choice that has no default for some knob cannot be composed without."""
-GROUPS = ("model", "reducer", "benchmark", "runtime", "tracking")
+GROUPS = ("model", "reducer", "budget", "benchmark", "runtime", "tracking")
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,14 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from tokenreduce.attach import reduce_tokens
-from tokenreduce.configuration import CONFIG_MODULE, CONFIG_NAME, check_overrides, knobs_of, register_plugins
+from tokenreduce.configuration import (
+    CONFIG_MODULE,
+    CONFIG_NAME,
+    budget_of,
+    check_overrides,
+    knobs_of,
+    register_plugins,
+)
 from tokenreduce.evaluation import Settings, compare, read_records
 from tokenreduce.evaluation.comparison import REDUCER, UNREDUCED, Metrics
 from tokenreduce.evaluation.run import Runner
@@ -66,6 +73,7 @@ def run(config: DictConfig) -> None:
         random_seeds=config.evaluation.random_seeds,
         timing_pairs=config.evaluation.timing_pairs,
     )
+    budget = budget_of(config.budget)
     tracking = Tracking(**_plain(config.tracking))
     settings.output.mkdir(parents=True, exist_ok=True)
     if config.runtime.threads is not None:
@@ -83,7 +91,7 @@ def run(config: DictConfig) -> None:
     _rehearse(Runner(model, processor, benchmark, limit=settings.limit, prompt=settings.prompt), reducer)
     with TerminalProgress(console) as progress:
         folder, metrics = compare(
-            model, processor, benchmark, reducer, settings, config=_plain(config), progress=progress
+            model, processor, benchmark, reducer, settings, budget=budget, config=_plain(config), progress=progress
         )
     reduced, unreduced = (_records(settings.output, metrics, method) for method in (REDUCER, UNREDUCED))
     draw_kept_tokens(

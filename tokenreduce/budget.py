@@ -87,7 +87,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Solution:
-    """A reducer that meets a budget.
+    """A reducer that meets ``budget``.
 
     asked, expected: the budget, and what the reducer costs on the layouts that it was solved for.
     least, most:     what it could cost.
@@ -95,6 +95,7 @@ class Solution:
     """
 
     reducer: TokenReducer
+    budget: Budget
     asked: float
     expected: float
     least: float
@@ -151,17 +152,17 @@ def solve(
 
     least = cost(setting(places[bisect_left(places, 0.0, key=by_place)]))
     if not least <= asked * _ROUNDING or not asked <= most * _ROUNDING:
-        reach = f"from {describe(least)} to {describe(most)}"
+        reach = f"it can cost {least:.4g} to {most:.4g}, {least / whole:.3g} to {most / whole:.3g} of the whole"
         if least == most:
             inside = all(isinstance(step, AtDecoder) for step in reducer.steps(geometry))
             hint = "; it drops tokens inside the language model, so use budget=layer_mean" if inside else ""
-            reach = f"{describe(most)} whatever its knob says{hint}"
-        raise ValueError(f"{name} cannot cost {describe(asked)}: on this model it costs {reach}")
+            reach = f"it always costs {describe(most)}{hint}"
+        raise ValueError(f"{name} cannot cost {describe(asked)}: on this model {reach}")
     above = bisect_right(places, asked * _ROUNDING, key=by_place)
     found = min(map(setting, places[above - 1 : above + 1]), key=lambda near: abs(cost(near) - asked))
     if not counting:
         found = next(each for each in _shorter(found) if cost_if_allowed(each) == cost(found))
-    return Solution(reducer.with_keep(found), asked, cost(found), least, most, whole)
+    return Solution(reducer.with_keep(found), budget, asked, cost(found), least, most, whole)
 
 
 def layer_counts(reducer: TokenReducer, geometry: Geometry, layout: Layout) -> tuple[int, ...]:

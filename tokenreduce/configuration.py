@@ -23,6 +23,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from tokenreduce.budget import Budget
 from tokenreduce.knobs import nearest
 from tokenreduce.registry import BENCHMARKS, CONFIGURATIONS, REDUCERS, Registry
 
@@ -110,6 +111,15 @@ def knobs_of(node: DictConfig, group: str) -> dict[str, Any]:
             raise ValueError(f"{group} {node.name!r} needs a value for {name!r}: add {group}.{name}=VALUE")
     values = cast(dict[str, Any], OmegaConf.to_container(node, resolve=True))
     return {name: value for name, value in values.items() if name != "name" and name not in RUN_SETTINGS[group]}
+
+
+def budget_of(node: DictConfig) -> Budget | None:
+    """The budget that is asked for, None where it has no value."""
+    if node.value is None:
+        return None
+    if node.currency is None:
+        raise ValueError(f"budget.value={node.value} of what? Choose budget=tokens, budget=layer_mean or budget=flops")
+    return Budget(node.currency, node.value)
 
 
 def check_overrides(overrides: Sequence[str]) -> None:

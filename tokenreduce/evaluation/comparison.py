@@ -4,6 +4,9 @@ Every method's answers are a run of its own, found again by its content hash; th
 always measured anew, side by side. The result is ``metrics.json``, which needs no model to be read:
 
 - ``run``: the reducer's ``hash``, ``folder`` and ``identity``; ``settings``: those of the comparison.
+- ``budget``: None, or the ``currency`` and ``value`` that the reducer was held to, what was ``asked`` in the currency's
+  unit, what was ``expected`` of the knob that was found, the ``least`` and ``most`` that was possible, and what the
+  ``whole`` model costs. What was really spent stands with the methods.
 - ``benchmark``: its ``name``, how many ``samples`` of how many ``images`` every method answered (only these are
   compared), by ``categories``; ``errors`` counts the others and ``failed`` lists them.
 - ``methods``: one row each for ``unreduced``, ``reducer`` and ``random``, in this order. The second is absent where the
@@ -18,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +29,11 @@ from omegaconf import OmegaConf
 from transformers import PreTrainedModel
 
 from tokenreduce.benchmarks.benchmark import Benchmark, Sample
+from tokenreduce.budget import Budget, Solution
 from tokenreduce.evaluation import statistics
 from tokenreduce.evaluation.clock import ReducerFor as ReducerForPrompt
 from tokenreduce.evaluation.clock import attached, first_token_times, peak_memory
+from tokenreduce.evaluation.costs import within_budget
 from tokenreduce.evaluation.identity import content_hash, run_identity
 from tokenreduce.evaluation.processes import Processes
 from tokenreduce.evaluation.progress import Progress
@@ -44,6 +50,9 @@ CONFIG = "config.yaml"
 
 UNREDUCED, REDUCER, RANDOM = "unreduced", "reducer", "random"
 """The methods of a comparison, as ``metrics["methods"]`` names them."""
+
+BUDGET_PROMPTS = 8
+"""A budget is solved on the first so many images that can be read."""
 
 Metrics = dict[str, Any]
 
@@ -105,13 +114,14 @@ def compare(
     reducer: TokenReducer,
     settings: Settings,
     *,
+    budget: Budget | None = None,
     config: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     processes: Processes | None = None,
 ) -> tuple[Path, Metrics]:
     """Compare ``reducer`` with the unreduced model and with random selection; see :meth:`Comparer.compare`."""
     comparer = Comparer(model, processor, benchmark, settings, progress=progress, processes=processes)
-    return comparer.compare(reducer, config)
+    return comparer.compare(reducer, config, budget)
 
 
 def read_metrics(folder: Path | str) -> Metrics:
@@ -159,34 +169,61 @@ class Comparer:
         )
         self._by_id = {sample.id: sample for sample in self._runner.samples()}
 
-    def compare(self, reducer: TokenReducer, config: Mapping[str, Any] | None = None) -> tuple[Path, Metrics]:
+    def compare(
+        self, reducer: TokenReducer, config: Mapping[str, Any] | None = None, budget: Budget | None = None
+    ) -> tuple[Path, Metrics]:
         """The folder of the reducer's run, and the comparison's metrics, which ``metrics.json`` there holds as well.
 
         ``config`` is whatever the caller wants to find again in ``config.yaml``. Runs that exist already are continued
-        or reused. Raises ``ValueError`` when no sample could be answered by every method.
+        or reused. With a ``budget`` the reducer's own knob is set to meet it, and the run is the one of that setting.
+        Raises ``ValueError`` when no sample could be answered by every method, and for a budget out of reach.
         """
+        solution = self._within(reducer, budget)
+        reducer = reducer if solution is None else solution.reducer
         methods = self._methods(reducer)
         main = methods.get(REDUCER, methods[UNREDUCED]).runs[0]
         with self._processes.together():
             if self._processes.main:
-                self._write(main, methods, config)
+                self._write(main, methods, config, solution)
         return main.folder, read_metrics(main.folder)
 
-    def finished(self, reducer: TokenReducer) -> tuple[Path, Metrics] | None:
+    def finished(self, reducer: TokenReducer, budget: Budget | None = None) -> tuple[Path, Metrics] | None:
         """What :meth:`compare` gave when it was done before with these very settings; None if it was not."""
+        solution = self._within(reducer, budget)
+        reducer = reducer if solution is None else solution.reducer
         folder, identity = self._place(reducer)
         if not (folder / METRICS).exists():
             return None
         metrics = read_metrics(folder)
         baseline, _ = self._place(create("none"))
         same = metrics["run"]["identity"] == identity and metrics["settings"] == self._settings.described()
+        same = same and metrics.get("budget") == _spent(solution)
         return (folder, metrics) if same and metrics["methods"][UNREDUCED]["runs"] == [baseline.name] else None
 
-    def _write(self, main: Run, methods: Mapping[str, Method], config: Mapping[str, Any] | None) -> None:
+    def _within(self, reducer: TokenReducer, budget: Budget | None) -> Solution | None:
+        """The reducer at the setting that meets the budget, on the benchmark's first images."""
+        if budget is None:
+            return None
+        prompts = self._runner.prompts
+        first = {sample.image_id: sample for sample in reversed(self._by_id.values())}.values()
+        readable = (sample for sample in reversed(first) if prompts.unreadable(sample) is None)
+        inputs = [self._runner.inputs([sample]) for sample in islice(readable, BUDGET_PROMPTS)]
+        if not inputs:
+            raise ValueError(f"none of the {len(self._by_id)} samples can be read, so no budget can be solved on them")
+        return within_budget(self._model, reducer, budget, inputs)
+
+    def _write(
+        self,
+        main: Run,
+        methods: Mapping[str, Method],
+        config: Mapping[str, Any] | None,
+        solution: Solution | None,
+    ) -> None:
         times, memory = self.measured(methods)
         metrics = {
             "schema": METRICS_SCHEMA,
             "run": {"hash": main.hash, "folder": main.folder.name, "identity": main.identity},
+            "budget": _spent(solution),
             "benchmark": self.describe_benchmark(methods),
             "methods": {
                 key: _row(key, methods, self.answered(methods), times.get(key), memory.get(key)) for key in methods
@@ -366,6 +403,14 @@ def _share(record: Record) -> int | float | None:
 
 def _reducer_at(reducer_for: ReducerFor | None, ids: Sequence[str], place: int) -> TokenReducer | None:
     return None if reducer_for is None else reducer_for(ids[place])
+
+
+def _spent(solution: Solution | None) -> dict[str, Any] | None:
+    """A budget as plain data: what was wanted, and what the knob that was found should cost."""
+    if solution is None:
+        return None
+    figures = {name: getattr(solution, name) for name in ("asked", "expected", "least", "most", "whole")}
+    return {**asdict(solution.budget), **figures}
 
 
 def _write_config(
