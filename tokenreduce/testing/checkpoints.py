@@ -400,15 +400,15 @@ def _paligemma(ids: Ids) -> PreTrainedConfig:
 
 def _gemma3(ids: Ids) -> PreTrainedConfig:
     return Gemma3Config(
-        vision_config=SiglipVisionConfig(**_vision(), vision_use_head=False),
+        vision_config=SiglipVisionConfig(**_vision(image_size=64), vision_use_head=False),
         text_config=_text(
             head_dim=16,
             query_pre_attn_scalar=16,
             num_hidden_layers=6,
-            sliding_window=12,
+            sliding_window=20,  # more than a picture's tokens, less than a prompt
             layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
         ),
-        mm_tokens_per_image=4,
+        mm_tokens_per_image=16,
         boi_token_index=ids["<start_of_image>"],
         eoi_token_index=ids["<end_of_image>"],
         image_token_index=ids["<image_soft_token>"],
@@ -510,7 +510,7 @@ RECIPES: Mapping[str, Recipe] = {
     "gemma3": Recipe(
         processor="Gemma3Processor",
         config=_gemma3,
-        image_processor=lambda: Gemma3ImageProcessorPil(size=_SIZE),
+        image_processor=lambda: Gemma3ImageProcessorPil(size={"height": 64, "width": 64}),
         image="<start_of_image>",
         tokens=("<start_of_image>", "<end_of_image>", "<image_soft_token>"),
         named={
@@ -518,6 +518,6 @@ RECIPES: Mapping[str, Recipe] = {
             "eoi_token": "<end_of_image>",
             "image_token": "<image_soft_token>",
         },
-        settings={"image_seq_length": 4},
+        settings={"image_seq_length": 16},
     ),
 }
