@@ -19,7 +19,11 @@ from tokenreduce.registry import BENCHMARKS, MODELS, REDUCERS
 from tokenreduce.reporting.tracking import Tracking
 
 CONFIGS = resources.files(CONFIG_MODULE)
-REQUIRED = {"chain": ["reducer.reducers=[{name: pool, keep: 0.5}, {name: uniform, keep: 4}]"]}
+REQUIRED = {
+    "chain": ["reducer.reducers=[{name: pool, keep: 0.5}, {name: uniform, keep: 4}]"],
+    "jsonl": ["benchmark.path=FOLDER"],
+    "hf": ["benchmark.path=NAME"],
+}
 """What a choice that has no default for some knob cannot be composed without."""
 GROUPS = ("model", "reducer", "budget", "benchmark", "runtime", "tracking")
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+from typing import Any, ClassVar
 
 from PIL import Image
 
@@ -42,6 +43,17 @@ class Benchmark(ABC):
     def score(self, answer: str, sample: Sample) -> float:
         """How good an answer is, in [0, 1]. By default 1 for an accepted one, whatever its case and final full stop."""
         return float(normalised(answer) in {normalised(accepted) for accepted in sample.answers})
+
+    def measures(self, answers: Sequence[str], samples: Sequence[Sample]) -> dict[str, float]:
+        """Figures by name that are computed of all answers together, such as F1, in the units that papers print.
+
+        ``samples`` may be any part of the benchmark, in its order: intervals come from leaving some out.
+        """
+        return {}
+
+    def knobs(self) -> dict[str, Any]:
+        """The settings that decide the samples and their scores: all fields, unless a subclass knows better."""
+        return asdict(self) if is_dataclass(self) else {}
 
     def fingerprint(self) -> str:
         """Whatever besides the knobs and the source file decides the samples, such as a digest of the data files."""

@@ -1,0 +1,189 @@
+"""Question-answering data sets of the Hugging Face hub, or in its layout on disk, through the ``datasets`` library."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any, ClassVar
+
+from PIL import Image
+
+from tokenreduce.benchmarks.tabular import Row, TabularBenchmark
+
+_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubDataset(TabularBenchmark):
+    """A data set with a question and its image in every row.
+
+    Parameters
+    ----------
+    path
+        Its name on the hub, ``lmms-lab/POPE``, or a folder in the hub's layout.
+    subset
+        Which of the data set's configurations, where it has several.
+    split
+        Such as ``test`` or ``validation``.
+    revision
+        A branch, tag or commit of the hub.
+    images_subset
+        The configuration that holds the images, by ``id``, where they stand apart from the questions; the questions
+        name them in ``image_id_column``.
+    streaming
+        Fetch only the samples that are asked for, and keep them in memory: for a small ``limit``.
+    """
+
+    description: ClassVar[str] = "a data set of the Hugging Face hub, or in its layout on disk"
+
+    path: str
+    subset: str | None = None
+    split: str = "test"
+    revision: str | None = None
+    images_subset: str | None = None
+    streaming: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.streaming and self.shuffle is not None:
+            raise ValueError(f"shuffle={self.shuffle} needs the whole split, streaming=true fetches its beginning only")
+        if self.images_subset and not self.image_id_column:
+            raise ValueError(f"images_subset={self.images_subset!r} needs image_id_column, which names a row's image")
+
+    def knobs(self) -> dict[str, Any]:
+        """All but how rows are fetched, and where a local folder is."""
+        left_out = {"streaming", *(["path"] if self._local else [])}
+        return {name: value for name, value in super().knobs().items() if name not in left_out}
+
+    def fingerprint(self) -> str:
+        """The hub's commit, or a digest of a local folder's data files."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
+        builders = [self._builder(subset) for subset in self._subsets]
+        if not self._local:
+            return " ".join(str(builder.hash) for builder in builders)
+        digest = hashlib.blake2b(digest_size=16)
+        for builder in builders:
+            for file in sorted(builder.config.data_files[self.split]):
+                with Path(file).open("rb") as content:
+                    while chunk := content.read(_CHUNK):
+                        digest.update(chunk)
+        return digest.hexdigest()
+
+    @property
+    def _local(self) -> bool:
+        return Path(self.path).is_dir()
+
+    @property
+    def _subsets(self) -> list[str | None]:
+        return [self.subset, *([self.images_subset] if self.images_subset else [])]
+
+    def _builder(self, subset: str | None) -> Any:
+        try:
+            import datasets  # here: it is an optional dependency, and slow to import
+        except ImportError as error:
+            raise ValueError("data sets of the hub need a library: pip install 'tokenreduce[datasets]'") from error
+        return datasets.load_dataset_builder(self.path, subset, revision=self.revision)
+
+    def _load(self) -> Sequence[Row]:
+        builder = self._builder(self.subset)
+        if self.streaming:
+            recorded = (builder.info.splits or {}).get(self.split)
+            rows = builder.as_streaming_dataset(self.split).decode(False)
+            return _Stream(iter(rows), recorded.num_examples if recorded else None)
+        return self._downloaded(builder)
+
+    def _downloaded(self, builder: Any) -> Any:
+        builder.download_and_prepare()
+        return _undecoded(builder.as_dataset(self.split), self.image_column)
+
+    @cached_property
+    def _texts(self) -> Any:
+        """The rows without their images, where these are not needed to tell samples from one another."""
+        rows: Any = self._rows
+        whole = self.image_id_column is None or isinstance(rows, _Stream) or self.image_column not in rows.features
+        return rows if whole else rows.remove_columns(self.image_column)
+
+    @cached_property
+    def _apart(self) -> tuple[Any, dict[str, int]]:
+        """The images that stand apart from the questions, and their row numbers by id."""
+        rows = self._downloaded(self._builder(self.images_subset))
+        return rows, {str(each): number for number, each in enumerate(rows["id"])}
+
+    def _text(self, number: int) -> Row:
+        row: Row = self._texts[number]
+        return row
+
+    def _open(self, row: Row) -> list[Image.Image]:
+        if self.images_subset and self.image_id_column:
+            rows, numbers = self._apart
+            wanted = str(row[self.image_id_column])
+            if wanted not in numbers:
+                raise ValueError(f"{self.images_subset} of {self.path} has no image {wanted!r}")
+            row = rows[numbers[wanted]]
+        return [_opened(value) for value in _listed(row[self.image_column])]
+
+    def _image_key(self, row: Row, number: int) -> str:
+        digest = hashlib.blake2b(digest_size=8)
+        for value in _listed(self._cell(row, self.image_column, number)):
+            content = _content(value)
+            digest.update(content.encode() if isinstance(content, str) else content)
+        return digest.hexdigest()
+
+    def _place(self, number: int | None = None) -> str:
+        place = " ".join(filter(None, (self.path, self.subset, self.split)))
+        return place if number is None else f"row {number} of {place}"
+
+
+class _Stream(Sequence[Row]):
+    """Rows that are read from an iterator up to the last one that was asked for; ``length`` is None if unknown."""
+
+    def __init__(self, rows: Iterator[Row], length: int | None) -> None:
+        self._rest, self._length = rows, length
+        self._read: list[Row] = []
+
+    def __len__(self) -> int:
+        if self._length is None:
+            self._read.extend(self._rest)
+            self._length = len(self._read)
+        return self._length
+
+    def __getitem__(self, index: Any) -> Any:
+        self._read.extend(islice(self._rest, max(0, index + 1 - len(self._read))))
+        return self._read[index]
+
+
+def _undecoded(rows: Any, column: str) -> Any:
+    """The rows with images as files' contents: a damaged one shows when it is opened, and not before."""
+    import datasets
+
+    feature = rows.features.get(column)
+    if isinstance(feature, datasets.Image):
+        return rows.cast_column(column, datasets.Image(decode=False))
+    if isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
+        return rows.cast_column(column, datasets.List(datasets.Image(decode=False)))
+    return rows
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _content(value: Any) -> bytes | str:
+    """An image's file, or where it is, out of a cell that holds the one, the other, or a pair of which one is None."""
+    content = (value.get("bytes") or value.get("path")) if isinstance(value, dict) else value
+    if isinstance(content, bytes | str):
+        return content
+    raise ValueError(f"a cell of the image column holds {type(value).__name__} and no image")
+
+
+def _opened(value: Any) -> Image.Image:
+    content = _content(value)
+    return Image.open(content if isinstance(content, str) else io.BytesIO(content))
