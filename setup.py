@@ -19,5 +19,5 @@ setup(
         *(f"tokenreduce_conf.{name}" for name in find_namespace_packages(str(ROOT / "conf"))),
     ],
     package_dir={"tokenreduce_plugins": "plugins", "tokenreduce_conf": "conf"},
-    package_data={"tokenreduce": ["py.typed", "assets/**"], "": ["*.yaml"]},
+    package_data={"tokenreduce": ["py.typed", "assets/**", "catalog/template/**"], "": ["*.yaml"]},
 )

@@ -17,7 +17,7 @@ README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 def test_the_table_of_reducers_is_the_catalogs() -> None:
     (table,) = re.findall(r"<!-- reducers -->\n(.*?)\n<!-- /reducers -->", README, re.DOTALL)
-    assert table == catalog.table(), "run `python -m tokenreduce.catalog` and paste what it prints"
+    assert table == catalog.table(), "run `python -m tokenreduce.catalog table` and paste what it prints"
 
 
 def test_every_reducer_names_its_source() -> None:

@@ -165,10 +165,11 @@ class Registry(EntryPoints[type[T]], Generic[T]):
 
     def name_of(self, instance: T) -> str:
         """The name under which the class of ``instance`` is registered, else the class's own name."""
+        cls = type(instance)
         for name, entry in self._entries.items():
-            if entry.value == f"{type(instance).__module__}:{type(instance).__qualname__}":
+            if self._loaded.get(name) is cls or entry.value == f"{cls.__module__}:{cls.__qualname__}":
                 return name
-        return type(instance).__qualname__
+        return cls.__qualname__
 
 
 class ConfigurationPackages(EntryPoints[ModuleType]):

@@ -1,6 +1,18 @@
-"""What every reducer must keep to, as checks that plugin authors can run on their own."""
+"""What every reducer and every benchmark must keep to, as checks that plugin authors can run on their own."""
 
+from tokenreduce.testing.benchmarks import BENCHMARK_INVARIANTS, check_benchmark
 from tokenreduce.testing.invariants import INVARIANTS, Identity, InvariantError, check_reducer
 from tokenreduce.testing.models import prompts, tiny_llava
+from tokenreduce.testing.tokens import visual_tokens
 
-__all__ = ["INVARIANTS", "Identity", "InvariantError", "check_reducer", "prompts", "tiny_llava"]
+__all__ = [
+    "BENCHMARK_INVARIANTS",
+    "INVARIANTS",
+    "Identity",
+    "InvariantError",
+    "check_benchmark",
+    "check_reducer",
+    "prompts",
+    "tiny_llava",
+    "visual_tokens",
+]

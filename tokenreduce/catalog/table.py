@@ -1,25 +1,13 @@
-"""``python -m tokenreduce.catalog``: the installed reducers as a Markdown table, made from the reducers themselves."""
+"""The README's table of reducers, made from the reducers themselves."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
-from tokenreduce.reducer import Geometry, Grid, Span, TokenReducer
-from tokenreduce.registry import REDUCERS
+from tokenreduce.catalog.description import GRID, LLAVA, described
+from tokenreduce.reducer import Span, TokenReducer
+from tokenreduce.registry import BUILT_IN, REDUCERS
 from tokenreduce.signals import DecoderAttention, DecoderHidden, LookAheadAttention, TextEmbeddings
 
-LLAVA = Geometry(encoder_layers=24, decoder_layers=32, feature_layer=22, class_token=True)
-"""LLaVA-1.5-7B, which the published settings are for."""
-
-GRID = Grid(24, 24)
 TEXT = (DecoderAttention, DecoderHidden, LookAheadAttention, TextEmbeddings)
-SITES = {
-    "AtInput": "input",
-    "AtEncoder": "inside the encoder",
-    "AtEncoderOutput": "encoder output",
-    "AtProjector": "projector",
-    "AtDecoder": "language model",
-}
 HEADER = (
     "| reducer | what it does | paper | site | sees | text-aware | adaptive | merges | positions | checked against |"
 )
@@ -28,8 +16,7 @@ HEADER = (
 def row(name: str, reducer: TokenReducer) -> str:
     """One line of the table."""
     steps = reducer.steps(LLAVA)
-    sites = _unique(SITES[type(step).__name__] for step in steps)
-    signals = _unique(type(signal).__name__ for step in steps for signal in step.sees)
+    sites, signals = described(reducer)
     text = any(isinstance(signal, TEXT) for step in steps for signal in step.sees)
     span = Span(LLAVA, (GRID,), len(GRID), len(GRID))
     adaptive = bool(steps) and reducer.count(steps[-1], span) is None
@@ -49,21 +36,13 @@ def row(name: str, reducer: TokenReducer) -> str:
 
 
 def table() -> str:
-    """All reducers that can be made with their defaults."""
+    """All built-in reducers that can be made with their defaults."""
     lines = [HEADER, "|" + "---|" * (HEADER.count("|") - 1)]
     for name, reducer in sorted(REDUCERS.usable().items()):
-        if name != "chain":
+        if name != "chain" and REDUCERS.package(name) == BUILT_IN:
             lines.append(row(name, reducer()))
     return "\n".join(lines)
 
 
 def _link(paper: str) -> str:
     return f"[{paper}](https://arxiv.org/abs/{paper})" if paper[:1].isdigit() else paper
-
-
-def _unique(values: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(values))
-
-
-if __name__ == "__main__":
-    print(table())
