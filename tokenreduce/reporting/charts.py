@@ -1,0 +1,548 @@
+"""The report's figures: score against every currency, the ranking, categories, costs and times.
+
+A method has one colour in all of them. Names stand beside what they name; parts that belong to a row or a series carry
+its number as their id in SVG, by which the page filters them and tells their values.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+
+from tokenreduce.reporting.columns import first_token_ratio
+from tokenreduce.reporting.study import Row, Study
+from tokenreduce.reporting.wording import percent, points, signed
+
+INK, FAINT, GRID, CHANCE = "#1f2329", "#68707a", "#dfe3e8", "#8b939c"
+COLORS = (
+    "#0072b2", "#d55e00", "#009e73", "#c0569b", "#e69f00", "#56b4e9",
+    "#7a6fdb", "#a6761d", "#44aa99", "#b8336a", "#8a9a1f", "#6d7f99",
+)  # fmt: skip
+"""After Okabe and Ito, and Tol: told apart with any colour vision, on white and on black."""
+MARKERS = "osD^vP"
+"""A second sign besides colour, and what tells series apart when there are more than colours."""
+
+_BETTER = LinearSegmentedColormap.from_list("better", ["#b35806", "#f6b26b", "#f7f7f5", "#92c5de", "#2166ac"])
+_STYLE = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["Helvetica Neue", "Helvetica", "Arial", "Liberation Sans", "DejaVu Sans"],
+    "font.size": 10,
+    "text.parse_math": False,
+    "text.color": INK,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": FAINT,
+    "axes.axisbelow": True,
+    "axes.unicode_minus": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "xtick.color": GRID,
+    "ytick.color": GRID,
+    "xtick.labelcolor": FAINT,
+    "ytick.labelcolor": FAINT,
+    "ytick.major.size": 0,
+    "figure.facecolor": "white",
+    "svg.fonttype": "none",
+}
+_ROW = 0.3
+"""Inches of height that a row takes in a figure with one line a row."""
+
+
+@dataclass
+class Chart:
+    """One figure: ``name`` is its file's, ``title`` and ``caption`` its words, ``tips`` what its parts say by id."""
+
+    name: str
+    title: str
+    caption: str
+    figure: Figure
+    tips: dict[str, str] = field(default_factory=dict)
+
+    def svg(self) -> str:
+        """The figure as text of SVG, without an XML header."""
+        text = io.StringIO()
+        with _drawing():
+            matplotlib.rcParams["svg.hashsalt"] = self.name
+            self.figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        content = text.getvalue()
+        return content[content.index("<svg") :]
+
+    def png(self, path: Path) -> None:
+        """Write the figure as a picture on white."""
+        with _drawing():
+            self.figure.savefig(path, dpi=200, metadata={"Software": None})
+
+
+@dataclass(frozen=True)
+class Currency:
+    """What a method is paid for in: an axis of :func:`score_against`. ``value`` is relative to the unreduced model."""
+
+    name: str
+    tab: str
+    axis: str
+    value: Callable[[Row, Row], float | None]
+    interval: Callable[[Row], Mapping[str, float | None] | None] = lambda _: None
+
+
+def _relative(*path: str) -> Callable[[Row, Row], float | None]:
+    def value(row: Row, unreduced: Row) -> float | None:
+        number, whole = (_at(each.figures, path) for each in (row, unreduced))
+        return number / whole if number is not None and whole else None
+
+    return value
+
+
+def _at(figures: Mapping[str, Any], path: Sequence[str]) -> float | None:
+    value: Any = figures
+    for name in path:
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
+
+
+def _time(row: Row, unreduced: Row) -> float | None:
+    ratio = first_token_ratio(row)
+    return ratio["value"] if ratio else None
+
+
+CURRENCIES = (
+    Currency("tokens", "tokens in", "visual tokens entering the language model", _relative("visual_tokens", "kept")),
+    Currency(
+        "layer_mean", "layer mean", "visual tokens, mean over decoder layers", _relative("visual_tokens", "layer_mean")
+    ),
+    Currency(
+        "flops", "prefill FLOPs", "prefill FLOPs, vision tower included", _relative("prefill_flops", "total_ratio")
+    ),
+    Currency("kv", "KV cache", "bytes of the key-value cache", _relative("kv_bytes")),
+    Currency("time", "time", "time to first token, measured", _time, first_token_ratio),
+)
+
+
+class Painter:
+    """Draws one study's charts; ``series`` are all of the report, so that a method keeps its colour in every study."""
+
+    def __init__(self, study: Study, series: Sequence[str]) -> None:
+        self._study = study
+        self._place = {name: place for place, name in enumerate(series)}
+
+    def charts(self) -> list[Chart]:
+        """Every chart that the study has the figures for."""
+        if not self._study.methods:
+            return []
+        drawn = [self.score_against(each) for each in CURRENCIES]
+        drawn += [self.ranking(), self.categories(), self.costs(), self.speed()]
+        return [each for each in drawn if each is not None]
+
+    def color(self, row: Row) -> str:
+        if row.is_method:
+            return COLORS[self._place[row.series] % len(COLORS)]
+        return CHANCE if row is not self._study.unreduced else INK
+
+    def marker(self, row: Row) -> str:
+        return MARKERS[self._place[row.series] % len(MARKERS)] if row.is_method else "o"
+
+    def series_id(self, row: Row) -> str:
+        """What the row's series is called in ids."""
+        return f"s{self._place[row.series]}" if row.is_method else row.key
+
+    def score_against(self, currency: Currency) -> Chart | None:
+        """Scores over what they cost, the cheaper to the right, with the Pareto front of the methods."""
+        study, base = self._study, self._study.unreduced
+        placed = [(row, value) for row in study.rows[1:] if (value := currency.value(row, base)) is not None]
+        if not any(row.is_method for row, _ in placed):
+            return None
+        chart, axes = self._chart(
+            f"score_{currency.name}",
+            f"Score against {currency.tab}",
+            "Error bars: 95 %, clustered by image. The shaded line is the Pareto front: no other method is both "
+            "cheaper and better. Grey: as many tokens drawn at random.",
+            (8.6, 4.6),
+        )
+        self._reference(axes)
+        front = _pareto([(value, row.score) for row, value in placed if row.is_method])
+        axes.plot(*zip(*front, strict=True), color="#f3c14b", alpha=0.45, linewidth=9, solid_capstyle="round", zorder=1)
+        groups: dict[str, list[tuple[Row, float]]] = {}
+        for row, value in placed:
+            groups.setdefault(row.series if row.is_method else row.key, []).append((row, value))
+        ends = []
+        for group in groups.values():
+            group.sort(key=lambda pair: -pair[1])
+            first, color = group[0][0], self.color(group[0][0])
+            identity = self.series_id(first)
+            style = "-" if first.is_method else (0, (1, 1.6))
+            (line,) = axes.plot(
+                [x for _, x in group], [100 * row.score for row, _ in group], color=color, lw=1.6, ls=style
+            )
+            line.set_gid(f"{identity}-line")
+            for row, value in group:
+                self._point(chart, axes, row, value, 100 * row.score, across=currency.interval(row))
+            ends.append((group[-1], identity))
+        _cost_axis(axes, [value for _, value in placed])
+        axes.set_xlabel(f"{currency.axis}, % of the unreduced model's   (cheaper \N{RIGHTWARDS ARROW})")
+        axes.set_ylabel("score, %")
+        _end_labels(
+            axes, [(value, 100 * row.score, self._name(row), self.color(row), gid) for (row, value), gid in ends]
+        )
+        return chart
+
+    def ranking(self) -> Chart:
+        """All methods by budget: scores, and what they are above chance."""
+        study = self._study
+        budgets = list(study.budgets.items())
+        groups = [[row for row in study.rows[1:] if row.budget == budget] for budget, _ in budgets]
+        height = _ROW * sum(len(group) + 1.3 for group in groups) + 0.7
+        with_random = any(row.figures.get("difference_to_random") for row in study.methods)
+        with _drawing():
+            figure = Figure(figsize=(8.6, height), layout="constrained")
+            panels = figure.subplots(1, 2, sharey=True, squeeze=False, width_ratios=[3, 2 if with_random else 0.01])[0]
+        chart = Chart(
+            "ranking",
+            "Ranking at equal budgets",
+            "By mean tokens a layer. Filled on the right: better or worse than chance after Holm's correction for all "
+            "methods (p < 0.05).",
+            figure,
+        )
+        left, right = panels
+        with _drawing():
+            axis, names = 0.0, []
+            for (_, words), group in zip(budgets, groups, strict=True):
+                axis += 0.9
+                left.text(0, axis, words, transform=left.get_yaxis_transform(), va="center", fontsize=9, color=FAINT)
+                for each in panels:
+                    each.axhline(axis + 0.45, color=GRID, linewidth=0.8)
+                for row in group:
+                    axis += 1
+                    names.append((axis, row))
+                    self._point(chart, left, row, 100 * row.score, axis, across=row.figures["score"], points_up=False)
+                    self._above_chance(chart, right, row, axis)
+                axis += 0.4
+            for place, row in names:
+                text = left.annotate(
+                    row.label if row.is_method else self._name(row), (0, place), xycoords=left.get_yaxis_transform(),
+                    xytext=(-8, 0), textcoords="offset points", ha="right", va="center", color=self.color(row),
+                    fontweight="bold" if row.is_method else "normal", fontsize=9.5,
+                )  # fmt: skip
+                text.set_gid(f"{self.series_id(row)}-name-{self._number(row)}")
+            left.axvline(100 * study.unreduced.score, color=INK, linewidth=1, linestyle=(0, (4, 3)))
+            left.set_ylim(axis + 0.3, 0.2)
+            for each, label in ((left, "score, %  (dashed: unreduced)"), (right, "above random, points")):
+                each.set_xlabel(label)
+                each.grid(axis="x")
+                each.grid(visible=False, axis="y")
+                each.tick_params(left=False, labelleft=False)
+                each.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+            right.axvline(0, color=CHANCE, linewidth=1)
+            right.set_visible(with_random)
+        return chart
+
+    def categories(self) -> Chart | None:
+        """What every method costs in every category, as a heat map."""
+        rows, names = self._study.methods, self._study.categories
+        if len(names) < 2:
+            return None
+        values = np.array([[category_difference(row, name) for name in names] for row in rows]) * 100
+        limit = max(5.0, float(np.nanmax(np.abs(values))))
+        chart, axes = self._chart(
+            "categories",
+            "Where it hurts",
+            "Difference to the unreduced model by category, in points.",
+            (2.6 + 1.05 * len(names), 0.9 + _ROW * len(rows)),
+        )
+        axes.imshow(values, cmap=_BETTER, vmin=-limit, vmax=limit, aspect="auto")
+        for (place, column), value in np.ndenumerate(values):
+            dark = abs(value) > 0.62 * limit
+            text = axes.text(column, place, signed(value / 100), ha="center", va="center", fontsize=9)
+            text.set_color("white" if dark else "#1f2328")
+        axes.set_xticks(range(len(names)), names)
+        axes.set_yticks(range(len(rows)), [row.label for row in rows])
+        axes.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0, labelcolor=INK)
+        axes.spines[:].set_visible(False)
+        axes.grid(visible=False)
+        for place in range(1, len(rows)):
+            gap = rows[place].budget != rows[place - 1].budget
+            axes.axhline(place - 0.5, color="white", linewidth=6 if gap else 1.5)
+        for place in range(1, len(names)):
+            axes.axvline(place - 0.5, color="white", linewidth=1.5)
+        return chart
+
+    def costs(self) -> Chart:
+        """Prefill FLOPs of vision tower and language model, and the cache."""
+        rows, base = self._study.rows, self._study.unreduced.figures
+        whole = base["prefill_flops"]["llm"] + base["prefill_flops"]["vision"]
+        chart, figure = self._rows_figure(
+            "costs",
+            "What is paid for",
+            "Prefill FLOPs and the key-value cache of a sample, relative to the unreduced model's. The vision tower's "
+            "share (pale) stays, unless a method acts before or inside it.",
+            rows,
+        )
+        with _drawing():
+            left, right = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
+            for place, row in enumerate(rows):
+                flops, color = row.figures["prefill_flops"], self.color(row)
+                vision, llm = 100 * flops["vision"] / whole, 100 * flops["llm"] / whole
+                parts = [*left.barh(place, vision, color=color, alpha=0.3, height=0.62)]
+                parts += left.barh(place, llm, left=vision, color=color, height=0.62)
+                tip = f"{row.label}\nvision {vision:.0f} %, language model {llm:.0f} % of the unreduced prefill"
+                ratio = _relative("kv_bytes")(row, self._study.unreduced)
+                if ratio is not None:
+                    parts += right.barh(place, 100 * ratio, color=color, height=0.62)
+                    tip += f"\nKV cache {100 * ratio:.0f} %"
+                self._mark(chart, row, "cost", parts, tip)
+            self._row_names(left, rows)
+            for axes, label in ((left, "prefill FLOPs, %: vision (pale) + language model"), (right, "KV cache, %")):
+                _bars_axis(axes, label)
+        return chart
+
+    def speed(self) -> Chart | None:
+        """What the FLOPs promise, and what the clock says."""
+        rows = [row for row in self._study.rows if first_token_ratio(row)]
+        if not any(row.is_method for row in rows):
+            return None
+        split = [row for row in rows if row.figures["time_to_first_token"].get("parts")]
+        chart, figure = self._rows_figure(
+            "speed",
+            "Is it really faster?",
+            "Time to first token against what prefill FLOPs promise (ring), relative to the unreduced model, with 95 % "
+            "intervals of interleaved pairs.",
+            rows,
+        )
+        with _drawing():
+            left, right = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
+            for place, row in enumerate(rows):
+                ratio, color = first_token_ratio(row) or {}, self.color(row)
+                promise, value = 100 * row.figures["prefill_flops"]["total_ratio"], 100 * (ratio.get("value") or 0)
+                parts: list[Artist] = [
+                    *left.plot([promise, value], [place, place], color=color, linewidth=1.4, alpha=0.4)
+                ]
+                parts += left.plot([promise], [place], marker="o", ms=7, mfc="none", mec=color, ls="none")
+                parts += _whiskers(left, ratio, place, color)
+                parts += left.plot([value], [place], marker=self.marker(row), ms=7, color=color, ls="none")
+                milliseconds = 1000 * row.figures["time_to_first_token"]["median"]
+                tip = f"{row.label}\n{milliseconds:.1f} ms, {value:.0f} % of unreduced; FLOPs {promise:.0f} %"
+                parts += self._split(right, row, place, milliseconds)
+                self._mark(chart, row, "speed", parts, tip)
+            self._row_names(left, rows)
+            left.axvline(100, color=INK, linewidth=1, linestyle=(0, (4, 3)))
+            left.set_xlabel("time to first token, % of the unreduced model's")
+            label = "ms: vision, selection (dark), language model" if split else "time to first token, ms"
+            _bars_axis(right, label)
+            for axes in (left, right):
+                axes.grid(visible=True, axis="x")
+                axes.grid(visible=False, axis="y")
+        return chart
+
+    def _split(self, axes: Axes, row: Row, place: int, milliseconds: float) -> list[Artist]:
+        """A bar of the parts of a time, as far as they were measured."""
+        parts = row.figures["time_to_first_token"].get("parts") or {}
+        color, start, drawn = self.color(row), 0.0, []
+        for name, alpha, hatch in (("vision", 0.3, None), ("selection", 1.0, "////"), ("llm", 0.75, None)):
+            if (seconds := _median(parts.get(name))) is not None:
+                drawn += axes.barh(
+                    place,
+                    1000 * seconds,
+                    left=start,
+                    color=color,
+                    alpha=alpha,
+                    hatch=hatch,
+                    edgecolor="white",
+                    lw=0,
+                    height=0.62,
+                )
+                start += 1000 * seconds
+        if not drawn:
+            drawn += axes.barh(place, milliseconds, color=color, alpha=0.75, height=0.62)
+        return drawn
+
+    def _chart(self, name: str, title: str, caption: str, size: tuple[float, float]) -> tuple[Chart, Axes]:
+        with _drawing():
+            figure = Figure(figsize=size, layout="constrained")
+            axes = figure.subplots()
+        return Chart(name, title, caption, figure), axes
+
+    def _rows_figure(self, name: str, title: str, caption: str, rows: Sequence[Row]) -> tuple[Chart, Figure]:
+        with _drawing():
+            figure = Figure(figsize=(8.6, 0.9 + _ROW * len(rows)), layout="constrained")
+        return Chart(name, title, caption, figure), figure
+
+    def _reference(self, axes: Axes) -> None:
+        """The unreduced score as a line with its interval."""
+        score = self._study.unreduced.figures["score"]
+        axes.axhline(100 * score["value"], color=INK, linewidth=1, linestyle=(0, (4, 3)))
+        if score["low"] is not None and score["high"] is not None:
+            axes.axhspan(100 * score["low"], 100 * score["high"], color=INK, alpha=0.06, linewidth=0)
+        axes.annotate(
+            f"unreduced {100 * score['value']:.1f}", (0, 100 * score["value"]), xycoords=axes.get_yaxis_transform(),
+            xytext=(4, 3), textcoords="offset points", fontsize=9, color=FAINT,
+        )  # fmt: skip
+
+    def _point(
+        self,
+        chart: Chart,
+        axes: Axes,
+        row: Row,
+        x: float,
+        y: float,
+        *,
+        across: Mapping[str, float | None] | None = None,
+        points_up: bool = True,
+    ) -> None:
+        """A row's marker with its intervals: upwards its score's, across that of the axis."""
+        with _drawing():
+            color = self.color(row)
+            parts: list[Artist] = _whiskers(axes, across, y, color)
+            score = row.figures["score"]
+            if points_up and score["low"] is not None and score["high"] is not None:
+                parts += axes.plot([x, x], [100 * score["low"], 100 * score["high"]], color=color, lw=1.1, alpha=0.55)
+            size = 7 if row.is_method else 5
+            parts += axes.plot(
+                [x], [y], marker=self.marker(row), ms=size, color=color, mec="white", mew=0.8, ls="none", zorder=5
+            )
+            self._mark(chart, row, f"at-{len(chart.tips)}", parts, self.tip(row))
+
+    def tip(self, row: Row) -> str:
+        """What a row's marks say when they are pointed at."""
+        lines = [row.label, f"score {percent(row.figures['score'])} %"]
+        if row.figures["difference_to_unreduced"]:
+            lines.append(f"vs unreduced {points(row.figures['difference_to_unreduced'])}")
+        tokens = row.figures["visual_tokens"]
+        lines.append(f"{tokens['kept']:.4g} of {tokens['total']:.4g} tokens in, layer mean {tokens['layer_mean']:.4g}")
+        return "\n".join(lines)
+
+    def _mark(self, chart: Chart, row: Row, name: str, parts: Sequence[Artist], tip: str) -> None:
+        for number, part in enumerate(parts):
+            gid = f"{self.series_id(row)}-row-{self._number(row)}-{name}-{number}"
+            part.set_gid(gid)
+            chart.tips[gid] = tip
+
+    def _above_chance(self, chart: Chart, axes: Axes, row: Row, place: float) -> None:
+        difference = row.figures.get("difference_to_random")
+        if not difference:
+            return
+        color, sure = self.color(row), row.p_random is not None and row.p_random < 0.05
+        parts = _whiskers(axes, difference, place, color)
+        parts += axes.plot(
+            [100 * difference["value"]], [place], marker=self.marker(row), ms=6.5, ls="none", mec=color,
+            mfc=color if sure else "white", zorder=5,
+        )  # fmt: skip
+        self._mark(chart, row, "chance", parts, f"{row.label}\nvs random {points(difference)} points")
+
+    def _row_names(self, axes: Axes, rows: Sequence[Row]) -> None:
+        axes.set_yticks(range(len(rows)), [row.label for row in rows])
+        for text, row in zip(axes.get_yticklabels(), rows, strict=True):
+            text.set_color(self.color(row))
+            text.set_gid(f"{self.series_id(row)}-name-{self._number(row)}")
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        for place in range(1, len(rows)):
+            if rows[place].budget != rows[place - 1].budget:
+                for each in axes.figure.axes:
+                    each.axhline(place - 0.5, color=GRID, linewidth=0.8)
+
+    def _name(self, row: Row) -> str:
+        return row.series if row.is_method else row.key
+
+    def _number(self, row: Row) -> int:
+        return next(number for number, each in enumerate(self._study.rows) if each is row)
+
+
+def category_difference(row: Row, category: str) -> float:
+    """A row's difference to the unreduced model in one category; NaN where it has none."""
+    found = row.figures["categories"].get(category) or {}
+    return float((found.get("difference_to_unreduced") or {}).get("value", np.nan))
+
+
+def shade(value: float, limit: float) -> tuple[str, str]:
+    """The heat map's background for a difference, and the ink to write on it."""
+    color = _BETTER(0.5 + 0.5 * max(-1.0, min(1.0, value / limit)))[:3]
+    light = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2] > 0.55
+    return "#" + "".join(f"{round(255 * part):02x}" for part in to_rgb(color)), "#1f2328" if light else "#ffffff"
+
+
+@contextmanager
+def _drawing() -> Iterator[None]:
+    with matplotlib.rc_context(_STYLE):
+        yield
+
+
+def _whiskers(axes: Axes, interval: Mapping[str, float | None] | None, y: float, color: str) -> list[Artist]:
+    if not interval or interval.get("low") is None or interval.get("high") is None:
+        return []
+    ends = [100 * (interval[name] or 0.0) for name in ("low", "high")]
+    return [*axes.plot(ends, [y, y], color=color, linewidth=1.3, alpha=0.55, solid_capstyle="round")]
+
+
+def _pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those that no other is cheaper than and at least as good, dearest first, the score in percent."""
+    front: list[tuple[float, float]] = []
+    for cost, score in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not front or score > front[-1][1]:
+            front.append((cost, score))
+    return [(cost, 100 * score) for cost, score in reversed(front)]
+
+
+def _cost_axis(axes: Axes, values: Sequence[float]) -> None:
+    """Costs in percent, the cheaper to the right; in equal ratios where they span more than a factor of four."""
+    low, high = min(values), max([1.0, *values])
+    if low > 0 and high / low > 4:
+        axes.set_xscale("log")
+        ticks = [
+            tick
+            for tick in (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0)
+            if low * 0.8 <= tick <= high * 1.01
+        ]
+        axes.set_xticks(ticks)
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlim(high * 1.04, low / 1.06)
+    else:
+        margin = 0.04 * (high - low)
+        axes.set_xlim(high + margin, low - margin)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}"))
+
+
+def _bars_axis(axes: Axes, label: str) -> None:
+    axes.set_xlabel(label)
+    axes.set_xlim(left=0)
+    axes.grid(visible=True, axis="x")
+    axes.grid(visible=False, axis="y")
+
+
+def _end_labels(axes: Axes, ends: Sequence[tuple[float, float, str, str, str]]) -> None:
+    """Names in a column to the right, each joined to its last point, none upon another."""
+    low, high = axes.get_ylim()
+    gap = (high - low) / 19
+    ordered = sorted(ends, key=lambda end: -end[1])
+    places: list[float] = []
+    for _, y, *_ in ordered:
+        places.append(min(y, places[-1] - gap) if places else min(y, high))
+    if places and (below := low - places[-1]) > 0:
+        places = [place + below for place in places]
+        for number in range(len(places) - 2, -1, -1):
+            places[number] = max(min(places[number], places[number] - below), places[number + 1] + gap)
+    for (x, y, name, color, identity), place in zip(ordered, places, strict=True):
+        text = axes.annotate(
+            name, (x, y), xytext=(1.02, place), textcoords=axes.get_yaxis_transform(), va="center", color=color,
+            fontweight="bold", fontsize=9.5, annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": color, "alpha": 0.35, "lw": 0.8, "shrinkB": 4, "shrinkA": 2},
+        )  # fmt: skip
+        text.set_gid(f"{identity}-label")
+    axes.set_ylim(low, high)
+
+
+def _median(value: Any) -> float | None:
+    found = value.get("median") if isinstance(value, Mapping) else value
+    return float(found) if found is not None else None

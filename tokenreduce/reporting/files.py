@@ -1,0 +1,80 @@
+"""The report's tables as files: Markdown to paste, CSV in full precision."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenreduce.evaluation.records import storage, write_atomically
+from tokenreduce.reporting.columns import columns, raw
+from tokenreduce.reporting.study import Study
+from tokenreduce.reporting.wording import percent, points
+
+RESULTS, CATEGORIES, MARKDOWN = "results.csv", "categories.csv", "report.md"
+
+
+def write_tables(studies: Sequence[Study], output: Path, title: str) -> None:
+    """Write all tables of all studies into ``output``."""
+    _write_csv(output / RESULTS, [raw(study, row) for study in studies for row in study.rows])
+    _write_csv(output / CATEGORIES, [each for study in studies for each in _categories(study)])
+    parts = [f"# {_cell(title)}", *(_markdown(study) for study in studies)]
+    write_atomically(output / MARKDOWN, "\n\n".join(parts) + "\n")
+
+
+def _markdown(study: Study) -> str:
+    shown = columns(study)
+    head = ["method", *(f"{each.title} ({each.unit})" if each.unit else each.title for each in shown)]
+    body = [[row.label, *(each.text(row) for each in shown)] for row in study.rows]
+    by_category = [
+        [row.label, *(percent(row.figures["categories"].get(name, {}).get("score")) for name in study.categories)]
+        for row in study.rows
+    ]
+    benchmark = study.unreduced.comparison.metrics["benchmark"]
+    parts = [
+        f"## {_cell(study.title)}",
+        f"{benchmark['samples']} questions about {benchmark['images']} images; intervals of 95 %, clustered by image.",
+        _table(head, body),
+        "### Score by category, %",
+        _table(["method", *study.categories], by_category),
+        *study.notes,
+    ]
+    return "\n\n".join(parts)
+
+
+def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    rows = [head, ["---", *["---:"] * (len(head) - 1)], *body]
+    return "\n".join("| " + " | ".join(map(_cell, row)) + " |" for row in rows)
+
+
+def _cell(text: str) -> str:
+    """Text that stays one cell, and is no markup."""
+    return re.sub(r"([\\|<>`*\[\]])", r"\\\1", " ".join(text.split()))
+
+
+def _categories(study: Study) -> list[dict[str, Any]]:
+    return [
+        {
+            "benchmark": study.benchmark,
+            "model": study.model,
+            "method": row.label,
+            "category": name,
+            "samples": found["samples"],
+            **found["score"],
+            "score": percent(found["score"]),
+            "difference_to_unreduced": points(found["difference_to_unreduced"])
+            if found["difference_to_unreduced"]
+            else "",
+        }
+        for row in study.rows
+        for name, found in row.figures["categories"].items()
+    ]
+
+
+def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    with storage(path), path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]) if rows else [])
+        writer.writeheader()
+        writer.writerows(rows)
