@@ -1,178 +1,156 @@
-"""``python -m tokenreduce``: compare a reducer with the unreduced model and with chance, from the command line."""
+"""``python -m tokenreduce``: compare reducers with the unreduced model and with chance, from the command line."""
 
 from __future__ import annotations
 
 import os
 import sys
+import time
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
 
 import hydra
-import torch
 import transformers
-from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
+from omegaconf import DictConfig
 
-from tokenreduce.attach import reduce_tokens
 from tokenreduce.configuration import (
     CONFIG_MODULE,
     CONFIG_NAME,
-    budget_of,
+    SweepPlace,
     check_overrides,
-    knobs_of,
     register_plugins,
+    sweep_folder,
+    sweep_place,
 )
-from tokenreduce.evaluation import Settings, compare, read_records
-from tokenreduce.evaluation.comparison import REDUCER, UNREDUCED, Metrics
-from tokenreduce.evaluation.run import Runner
-from tokenreduce.models.loading import load
-from tokenreduce.reducer import TokenReducer
-from tokenreduce.registry import BENCHMARKS, REDUCERS
-from tokenreduce.reporting.pictures import KEPT_TOKENS, draw_kept_tokens
-from tokenreduce.reporting.table import label, report
-from tokenreduce.reporting.terminal import TerminalProgress
-from tokenreduce.reporting.tracking import Tracking, log_run
+from tokenreduce.evaluation import read_metrics
+from tokenreduce.evaluation.processes import Processes, dismiss, launched
+from tokenreduce.job import plain_console, run
+from tokenreduce.reporting.table import overview
+from tokenreduce.sweep import Marks, Outcome, failures, marks, outcomes_since
 
 SUCCESS, BAD_INPUT, INTERRUPTED = 0, 2, 130
-PLAIN_WIDTH = 120
-"""Columns of a table that goes into a file or a pipe."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command with these arguments, by default the process's own, and return its exit status."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    statuses: list[int] = []
-
-    def job(config: DictConfig) -> None:
-        with _reported(statuses):  # here, and not around everything, so that the other jobs of a sweep go on
-            run(config)
-
     transformers.utils.logging.disable_progress_bar()
+    processes = launched()
+    try:
+        with _plain_warnings(processes), _reported(processes):
+            _start(arguments, processes)
+    except SystemExit as leaving:  # from below, or how Hydra ends after --help, and after an error that it has reported
+        return leaving.code if isinstance(leaving.code, int) else SUCCESS
+    finally:
+        dismiss()
+    return SUCCESS
+
+
+def job(config: DictConfig) -> None:
+    """One job, in whatever process Hydra's launcher starts it."""
+    processes, sweep = launched(), sweep_place()
+    if sweep is not None:
+        _run_in_sweep(config, processes, sweep)
+        return
+    with _reported(processes):
+        run(config, processes)
+
+
+def _start(arguments: list[str], processes: Processes) -> None:
+    """Check the arguments, and let Hydra run the job, or the jobs of a sweep."""
+    register_plugins()
+    config = check_overrides([argument for argument in arguments if "=" in argument and not argument.startswith("-")])
+    sweep = sweep_folder(arguments, config)
+    before: Marks = {}
+    if sweep is not None:
+        if processes.count > 1 and not config.hydra.launcher._target_.endswith(".BasicLauncher"):
+            raise ValueError("jobs of several processes each are run one after the other: use launcher=serial")
+        before = marks(sweep)
+        arguments = [*arguments, f"hydra.sweep.dir='{sweep}'"]
     entry = hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME)(job)
-    with _plain_warnings(), _reported(statuses):
-        register_plugins()
-        check_overrides([argument for argument in arguments if "=" in argument and not argument.startswith("-")])
+    try:
         with _process_arguments(arguments):
             entry()
-    return max(statuses, default=SUCCESS)
+    finally:
+        failed = sweep is not None and processes.main and _conclude(sweep, outcomes_since(sweep, before))
+    if failed:
+        sys.exit(BAD_INPUT)
 
 
-def run(config: DictConfig) -> None:
-    """One comparison, from its composed configuration to what is printed at the end."""
-    reducer = REDUCERS.create(config.reducer.name, **knobs_of(config.reducer, "reducer"))
-    benchmark = BENCHMARKS.create(config.benchmark.name, **knobs_of(config.benchmark, "benchmark"))
-    settings = Settings(
-        output=Path(config.output),
-        batch_size=config.runtime.batch_size,
-        limit=config.benchmark.limit,
-        max_new_tokens=config.benchmark.max_new_tokens,
-        prompt=config.benchmark.prompt,
-        random_seeds=config.evaluation.random_seeds,
-        timing_pairs=config.evaluation.timing_pairs,
-    )
-    budget = budget_of(config.budget)
-    tracking = Tracking(**_plain(config.tracking))
-    settings.output.mkdir(parents=True, exist_ok=True)
-    if config.runtime.threads is not None:
-        torch.set_num_threads(config.runtime.threads)
-    console = Console(stderr=True)
-    console.print(f"loading   {config.model.path}", highlight=False)
-    model, processor = load(
-        config.model.path,
-        revision=config.model.revision,
-        device=config.runtime.device,
-        dtype=config.model.dtype or config.runtime.dtype,
-        attention=config.runtime.attention,
-        do_pad=config.model.do_pad,
-    )
-    _rehearse(Runner(model, processor, benchmark, limit=settings.limit, prompt=settings.prompt), reducer)
-    with TerminalProgress(console) as progress:
-        folder, metrics = compare(
-            model, processor, benchmark, reducer, settings, budget=budget, config=_plain(config), progress=progress
-        )
-    reduced, unreduced = (_records(settings.output, metrics, method) for method in (REDUCER, UNREDUCED))
-    draw_kept_tokens(
-        benchmark,
-        reduced,
-        unreduced,
-        folder / KEPT_TOKENS,
-        name=config.reducer.name,
-        title=_title(metrics),
-        count=config.evaluation.pictures,
-        padded=bool(config.model.do_pad),
-    )
-    show(metrics, folder)
-    if place := log_run(tracking, folder, _plain(config), metrics, reduced, unreduced):
-        print(f"{'W&B':<9} {place}")
-
-
-def _rehearse(runner: Runner, reducer: TokenReducer) -> None:
-    """One token of one answer: a reducer that cannot work on this model fails here, not after the baseline."""
-    for place in range(runner.total):
-        (sample,) = runner.prompts.samples(place, place + 1)
+def _run_in_sweep(config: DictConfig, processes: Processes, sweep: SweepPlace) -> None:
+    """One job of a sweep; its failure is told and written down, and costs no other."""
+    name = f"job {sweep.number}: {' '.join(sweep.overrides)}"
+    if processes.main:
+        print(name, file=sys.stderr)
+    started, folder, failure = time.monotonic(), None, None
+    with _plain_warnings(processes):
         try:
-            runner.prompts.images(sample)
-        except Exception:  # an unreadable image becomes a record with its error later; any other will do here
-            continue
-        with reduce_tokens(runner.model, reducer), torch.inference_mode():
-            runner.model.generate(**runner.inputs([sample]), max_new_tokens=1, do_sample=False)
-        return
+            folder = run(config, processes, sweep)
+        except Exception as error:
+            failure = f"{type(error).__name__}: {error}"
+            if processes.main:
+                print(f"error: {error}\n({name})", file=sys.stderr)
+                if not isinstance(error, _USERS_ERRORS) or _wants_everything():
+                    traceback.print_exc()
+    if processes.main:
+        seconds = round(time.monotonic() - started, 1)
+        name_of_run = None if folder is None else folder.name
+        Outcome(sweep.number, sweep.overrides, name_of_run, failure, seconds).write(sweep.folder)
 
 
-def show(metrics: Metrics, folder: Path) -> None:
-    """Print the tables, and where everything else is."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = PLAIN_WIDTH
-    console.print()
-    console.print(report(metrics))
-    console.print()
-    for name, place in (("results", folder / "metrics.json"), ("picture", folder / KEPT_TOKENS)):
-        if place.exists():
-            print(f"{name:<9} {place}")
+def _conclude(sweep: Path, outcomes: Sequence[Outcome]) -> bool:
+    """Print what a sweep found, as far as it came; returns whether some job failed."""
+    comparisons = [read_metrics(sweep.parent / outcome.run) for outcome in outcomes if outcome.run is not None]
+    if comparisons:
+        console = plain_console()
+        console.print()
+        console.print(overview(comparisons))
+        console.print()
+    for outcome in failures(outcomes):
+        print(f"failed    job {outcome.number}: {' '.join(outcome.overrides)}: {outcome.error}", file=sys.stderr)
+    if failed := len(failures(outcomes)):
+        print(f"{failed} of {len(outcomes)} jobs failed; the same command tries them again", file=sys.stderr)
+    return bool(failed)
 
 
-def _records(output: Path, metrics: Metrics, method: str) -> list[Any]:
-    """One method's records; the unreduced model's where a comparison is of nothing else."""
-    run_folder = metrics["methods"].get(method, metrics["methods"][UNREDUCED])["runs"][0]
-    return read_records(output / run_folder, limit=metrics["settings"]["limit"])
+_USERS_ERRORS = (ValueError, TypeError, OSError)
+"""What a user can mend, and is told in a few lines."""
 
 
-def _title(metrics: Metrics) -> str:
-    method = metrics["methods"].get(REDUCER, metrics["methods"][UNREDUCED])
-    tokens = method["visual_tokens"]
-    return f"{label(method)}: {tokens['kept']:.4g} of {tokens['total']:.4g} visual tokens"
-
-
-def _plain(node: DictConfig) -> dict[str, Any]:
-    return cast(dict[str, Any], OmegaConf.to_container(node, resolve=True))
+def _wants_everything() -> bool:
+    """Hydra's own switch for whole tracebacks."""
+    return os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
 @contextmanager
-def _reported(statuses: list[int]) -> Iterator[None]:
+def _reported(processes: Processes) -> Iterator[None]:
     """Turn what a user can mend into a few lines on standard error and an exit status."""
     try:
         yield
-    except (ValueError, TypeError, OSError) as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+    except _USERS_ERRORS as error:
+        if _wants_everything():
             raise
-        print(f"error: {error}", file=sys.stderr)
-        statuses.append(BAD_INPUT)
+        if processes.main:
+            print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(BAD_INPUT) from None
     except KeyboardInterrupt:
-        print("\ninterrupted: the same command continues where this one stopped", file=sys.stderr)
-        statuses.append(INTERRUPTED)
-    except SystemExit as leaving:  # how Hydra ends after --help, and after an error that it has reported itself
-        statuses.append(leaving.code if isinstance(leaving.code, int) else SUCCESS)
+        if processes.main:
+            print("\ninterrupted: the same command continues where this one stopped", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
 
 
 @contextmanager
-def _plain_warnings() -> Iterator[None]:
-    """Show a warning as its sentence: the place in the code says nothing to somebody at a terminal."""
+def _plain_warnings(processes: Processes) -> Iterator[None]:
+    """Show a warning once, as its sentence: the place in the code says nothing to somebody at a terminal."""
+
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        if processes.main:
+            print(f"warning: {message}", file=sys.stderr)
+
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+        warnings.showwarning = show
         yield
 
 
@@ -188,4 +166,6 @@ def _process_arguments(arguments: Sequence[str]) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from tokenreduce.__main__ import main as main_of_module  # jobs in other processes look for it under this name
+
+    sys.exit(main_of_module())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,11 +16,13 @@ from hydra import compose, initialize_config_module
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
+from hydra.types import RunMode
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -122,9 +125,10 @@ def budget_of(node: DictConfig) -> Budget | None:
     return Budget(node.currency, node.value)
 
 
-def check_overrides(overrides: Sequence[str]) -> None:
-    """Raise ``ValueError`` for a choice or a setting that does not exist, with the nearest one that does.
+def check_overrides(overrides: Sequence[str]) -> DictConfig:
+    """The configuration that these compose, Hydra's own included; a sweep's with its first choices.
 
+    Raises ``ValueError`` for a choice or a setting that does not exist, with the nearest one that does.
     Hydra would refuse them too, but it knows neither the near name nor which package a plugin comes from.
     """
     with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
@@ -132,18 +136,69 @@ def check_overrides(overrides: Sequence[str]) -> None:
             parsed = OverridesParser.create().parse_overrides(list(overrides))
         except HydraException as error:
             raise ValueError(f"{error}\nQuote a value that holds special characters: NAME='\"VALUE\"'") from error
-        fixed = [str(override.input_line) for override in parsed if not override.is_sweep_override()]
+        fixed = [_first_choice(override) for override in parsed]
         try:
-            config = compose(CONFIG_NAME, fixed)
+            config = compose(CONFIG_NAME, fixed, return_hydra_config=True)
         except HydraException as error:
             _explain(parsed)
             cause = f"\n{error.__cause__}" if isinstance(error.__cause__, OmegaConfBaseException) else ""
             raise ValueError(f"{error}{cause}") from error
         except yaml.YAMLError as error:
             raise ValueError(f"a configuration file cannot be read: {' '.join(str(error).split())}") from error
-        if len(fixed) < len(parsed) or any(override.type is not OverrideType.CHANGE for override in parsed):
+        if any(each.is_sweep_override() or each.type is not OverrideType.CHANGE for each in parsed):
             _explain(parsed)
         _check_output(Path(str(config.output)))
+    return config
+
+
+def _first_choice(override: Override) -> str:
+    """The override itself, or the first of those that it stands for in a sweep."""
+    if not override.is_discrete_sweep():
+        return str(override.input_line)
+    return f"{override.get_key_element()}={next(override.sweep_string_iterator())}"
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepPlace:
+    """A job's place in its sweep.
+
+    folder:    the sweep's own, for its report and its jobs' outcomes.
+    overrides: what this job was started with.
+    alone:     whether no other job of the sweep runs at the same time.
+    """
+
+    folder: Path
+    number: int
+    overrides: tuple[str, ...]
+    alone: bool
+
+
+def sweep_place() -> SweepPlace | None:
+    """The place of the job that is running now; None outside of a sweep."""
+    hydra = HydraConfig.get()
+    if hydra.mode is not RunMode.MULTIRUN:
+        return None
+    return SweepPlace(
+        Path(hydra.sweep.dir),
+        hydra.job.num,
+        tuple(hydra.overrides.task),
+        hydra.launcher._target_.endswith(".BasicLauncher"),
+    )
+
+
+def sweep_folder(arguments: Sequence[str], config: DictConfig) -> Path | None:
+    """The folder of the sweep that the command asks for, the same whenever the same is asked; None if it asks for none.
+
+    What says only how and where jobs run (``launcher``, ``tracking``, ``output``, Hydra's own) makes no other sweep.
+    """
+    if not {"-m", "--multirun"} & set(arguments) and config.hydra.mode is not RunMode.MULTIRUN:
+        return None
+    how = ("-", "hydra", "launcher", "tracking", "output")
+    asked = sorted(argument for argument in arguments if not argument.startswith(how))
+    asked += [f"{name}={value}" for name, value in (config.hydra.sweeper.get("params") or {}).items()]
+    digest = hashlib.sha256("\n".join(asked).encode()).hexdigest()[:8]
+    study = config.hydra.runtime.choices.get("experiment")
+    return Path(config.output) / "-".join(["sweep", *([study] if study else []), digest])
 
 
 def _explain(overrides: Sequence[Override]) -> None:

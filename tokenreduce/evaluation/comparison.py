@@ -36,7 +36,7 @@ from tokenreduce.evaluation.clock import attached, first_token_times, peak_memor
 from tokenreduce.evaluation.costs import within_budget
 from tokenreduce.evaluation.identity import content_hash, run_identity
 from tokenreduce.evaluation.processes import Processes
-from tokenreduce.evaluation.progress import Progress
+from tokenreduce.evaluation.progress import Progress, Silent
 from tokenreduce.evaluation.prompts import PLACE
 from tokenreduce.evaluation.records import Record, StorageError, storage, write_atomically
 from tokenreduce.evaluation.run import ReducerFor, Runner
@@ -120,8 +120,9 @@ def compare(
     processes: Processes | None = None,
 ) -> tuple[Path, Metrics]:
     """Compare ``reducer`` with the unreduced model and with random selection; see :meth:`Comparer.compare`."""
-    comparer = Comparer(model, processor, benchmark, settings, progress=progress, processes=processes)
-    return comparer.compare(reducer, config, budget)
+    return Comparer(model, processor, benchmark, settings, processes).compare(
+        reducer, budget=budget, config=config, progress=progress
+    )
 
 
 def read_metrics(folder: Path | str) -> Metrics:
@@ -149,14 +150,12 @@ class Comparer:
         processor: Any,
         benchmark: Benchmark,
         settings: Settings,
-        *,
-        progress: Progress | None = None,
         processes: Processes | None = None,
     ) -> None:
         self._model, self._processor, self._benchmark = model, processor, benchmark
         self._settings = settings
         self._processes = processes or Processes()
-        self._runner = Runner(
+        self.runner = Runner(
             model,
             processor,
             benchmark,
@@ -164,13 +163,17 @@ class Comparer:
             limit=settings.limit,
             max_new_tokens=settings.max_new_tokens,
             prompt=settings.prompt,
-            progress=progress,
             processes=self._processes,
         )
-        self._by_id = {sample.id: sample for sample in self._runner.samples()}
+        self._by_id = {sample.id: sample for sample in self.runner.samples()}
 
     def compare(
-        self, reducer: TokenReducer, config: Mapping[str, Any] | None = None, budget: Budget | None = None
+        self,
+        reducer: TokenReducer,
+        *,
+        budget: Budget | None = None,
+        config: Mapping[str, Any] | None = None,
+        progress: Progress | None = None,
     ) -> tuple[Path, Metrics]:
         """The folder of the reducer's run, and the comparison's metrics, which ``metrics.json`` there holds as well.
 
@@ -178,6 +181,7 @@ class Comparer:
         or reused. With a ``budget`` the reducer's own knob is set to meet it, and the run is the one of that setting.
         Raises ``ValueError`` when no sample could be answered by every method, and for a budget out of reach.
         """
+        self.runner.progress = progress or Silent()
         solution = self._within(reducer, budget)
         reducer = reducer if solution is None else solution.reducer
         methods = self._methods(reducer)
@@ -204,10 +208,10 @@ class Comparer:
         """The reducer at the setting that meets the budget, on the benchmark's first images."""
         if budget is None:
             return None
-        prompts = self._runner.prompts
+        prompts = self.runner.prompts
         first = {sample.image_id: sample for sample in reversed(self._by_id.values())}.values()
         readable = (sample for sample in reversed(first) if prompts.unreadable(sample) is None)
-        inputs = [self._runner.inputs([sample]) for sample in islice(readable, BUDGET_PROMPTS)]
+        inputs = [self.runner.inputs([sample]) for sample in islice(readable, BUDGET_PROMPTS)]
         if not inputs:
             raise ValueError(f"none of the {len(self._by_id)} samples can be read, so no budget can be solved on them")
         return within_budget(self._model, reducer, budget, inputs)
@@ -280,7 +284,7 @@ class Comparer:
         answered, pairs = self.answered(methods), self._settings.timing_pairs
         if not pairs or not answered:
             return {}, {}
-        runner = self._runner
+        runner = self.runner
         # One question an image: as many different pictures as there are.
         timed = list({sample.image_id: sample for sample in reversed(answered)}.values())[::-1][:pairs]
         prompts = [runner.inputs([sample]) for sample in timed]
@@ -342,7 +346,7 @@ class Comparer:
         with self._processes.together():
             if self._processes.main:
                 _write_config(folder, digest, identity, overwrite=False)
-        records = self._runner.run(reducer, folder, phase, share_vision=share_vision)
+        records = self.runner.run(reducer, folder, phase, share_vision=share_vision)
         return Run(folder, digest, identity, {record.id: record for record in records})
 
     def _place(self, reducer: TokenReducer) -> tuple[Path, dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -24,6 +24,27 @@ def report(metrics: Metrics) -> RenderableType:
 
 def results(metrics: Metrics) -> Table:
     """One row a method: what it scores, and what it costs."""
+    table = _results_table()
+    for key, method in metrics["methods"].items():
+        table.add_row(*_results_row(key, method))
+    return table
+
+
+def overview(comparisons: Sequence[Metrics]) -> Table:
+    """One row a comparison of a sweep, below the unreduced model that it is compared with."""
+    table = _results_table()
+    baseline = None
+    for metrics in comparisons:
+        methods = metrics["methods"]
+        if methods[UNREDUCED]["runs"] != baseline:
+            baseline = methods[UNREDUCED]["runs"]
+            table.add_row(*_results_row(UNREDUCED, methods[UNREDUCED]))
+        if REDUCER in methods:
+            table.add_row(*_results_row(REDUCER, methods[REDUCER]))
+    return table
+
+
+def _results_table() -> Table:
     table = _table("method")
     table.add_column("score [dim]%[/dim]", justify="right", no_wrap=True)
     table.add_column("vs unreduced\n[dim]points[/dim]", justify="right", no_wrap=True)
@@ -31,17 +52,19 @@ def results(metrics: Metrics) -> Table:
     table.add_column("prefill FLOPs\n[dim]LLM  + vision[/dim]", justify="right", no_wrap=True)
     table.add_column("first token\n[dim]ms  ratio[/dim]", justify="right", no_wrap=True)
     table.add_column("peak\n[dim]memory[/dim]", justify="right", no_wrap=True)
-    for key, method in metrics["methods"].items():
-        table.add_row(
-            _name(key, method),
-            _score(method["score"]),
-            _difference(method["difference_to_unreduced"]),
-            _tokens(method["visual_tokens"]),
-            _flops(method["prefill_flops"]),
-            _first_token(method["time_to_first_token"]),
-            _memory(method["peak_memory"]),
-        )
     return table
+
+
+def _results_row(key: str, method: Metrics) -> list[RenderableType]:
+    return [
+        _name(key, method),
+        _score(method["score"]),
+        _difference(method["difference_to_unreduced"]),
+        _tokens(method["visual_tokens"]),
+        _flops(method["prefill_flops"]),
+        _first_token(method["time_to_first_token"]),
+        _memory(method["peak_memory"]),
+    ]
 
 
 def categories(metrics: Metrics) -> Table:
