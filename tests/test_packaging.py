@@ -1,87 +1,12 @@
-"""What is built is the whole of it: from a wheel, from any directory."""
+"""What the project says about installing and testing it is what continuous integration does."""
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
-import subprocess
-import sys
-import textwrap
-import zipfile
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
-INSTALLED_AS = {"tokenreduce": "tokenreduce", "plugins": "tokenreduce_plugins", "conf": "tokenreduce_conf"}
-
-
-def source_files() -> set[str]:
-    """Every file that belongs into an installation, under its installed name."""
-    return {
-        str(Path(package) / path.relative_to(ROOT / folder))
-        for folder, package in INSTALLED_AS.items()
-        for path in (ROOT / folder).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
-    }
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from a copy: setuptools leaves folders in the source that could hide a forgotten file."""
-    copy = tmp_path_factory.mktemp("source") / "tokenreduce"
-    for folder in INSTALLED_AS:
-        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, copy)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        str(copy.parent),
-        str(copy),
-    ]
-    subprocess.run(command, check=True, capture_output=True, cwd=copy.parent)
-    (built,) = copy.parent.glob("*.whl")
-    return built
-
-
-def test_the_wheel_holds_every_file(wheel: Path) -> None:
-    with zipfile.ZipFile(wheel) as archive:
-        names = {name for name in archive.namelist() if ".dist-info/" not in name}
-        licences = [name for name in archive.namelist() if name.endswith("licenses/LICENSE")]
-    assert names == source_files()
-    assert len(licences) == 1
-
-
-def test_the_command_works_from_a_wheel_in_any_directory(wheel: Path, tmp_path: Path) -> None:
-    site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(site)
-    program = """
-        import runpy, sys, tokenreduce, tokenreduce_plugins.fopru as plugin
-        print(tokenreduce.__file__, plugin.__file__)
-        sys.argv[1:] = ["benchmark.limit=2", "evaluation.random_seeds=1", "evaluation.timing_pairs=0", "tracking=none"]
-        runpy.run_module("tokenreduce", run_name="__main__")
-    """
-    outcome = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
-        env={**os.environ, "PYTHONPATH": str(site)},
-        cwd=elsewhere,
-        capture_output=True,
-        text=True,
-    )
-    assert outcome.returncode == 0, outcome.stderr
-    assert all(Path(place).is_relative_to(site) for place in outcome.stdout.splitlines()[0].split())
-    assert "36 / 144" in outcome.stdout
-    assert "warning" not in outcome.stderr
-    assert [path.name for path in elsewhere.iterdir()] == ["outputs"]
 
 
 def test_continuous_integration_runs_the_readmes_own_test_command() -> None:

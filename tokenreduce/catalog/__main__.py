@@ -188,7 +188,10 @@ def _console() -> Console:
 
 
 def _table(*columns: str) -> Table:
-    return Table(*columns, box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
+    grid = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
+    for column in columns:
+        grid.add_column(column, overflow="fold")  # a name that is cut short cannot be copied
+    return grid
 
 
 def _add(grid: Table, *cells: str) -> None:
