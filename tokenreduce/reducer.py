@@ -24,7 +24,11 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 Keep = int | float
-"""How much to keep: a ratio of the visual tokens in (0, 1] when a float, a number of tokens when an int."""
+"""How much to keep: a ratio of the visual tokens in (0, 1] when a float, a number of tokens when an int.
+
+A number is of what one selection is about: before the language model an image (or each tile or frame of it, where a
+model cuts images up), inside it a whole sample. Where fewer tokens are there, all of them are kept.
+"""
 
 Layer = int | float
 """A layer: its 0-based index, a negative index from the end, or a fraction of the depth in [0, 1) when a float."""
@@ -82,12 +86,14 @@ class Geometry:
     encoder_layers, decoder_layers: how deep the vision encoder and the language model are.
     feature_layer: the 0-based encoder layer whose output the projector takes.
     class_token:   whether the encoder's sequence begins with one.
+    tokens:        how many visual tokens every image, or tile of one, gives; None where that depends on the image.
     """
 
     encoder_layers: int
     decoder_layers: int
     feature_layer: int
     class_token: bool
+    tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -368,11 +374,7 @@ def tokens_to_keep(keep: Keep, total: int, rounding: Rounding = "floor") -> int:
     """
     check_keep(keep)
     if isinstance(keep, int):
-        if keep > total:
-            raise ValueError(
-                f"keep={keep} is more than the {total} visual tokens there are: lower it, or give a ratio up to 1.0"
-            )
-        return keep
+        return min(keep, total)
     exact = total * keep
     match rounding:
         case "floor":

@@ -26,7 +26,8 @@ class EncoderAttention:
 
 @dataclass(frozen=True)
 class EncoderHidden:
-    """The patches' hidden states after one layer of the vision encoder: ``(tokens, dim)``."""
+    """The patches' hidden states after one layer of the vision encoder: ``(tokens, dim)``; the mean over a token's
+    patches where it has several."""
 
     layer: Layer = -2
 
@@ -81,10 +82,12 @@ class Attention:
     scale:   what the dot products are multiplied by
     mask:    ``(queries, keys)``, added to the scaled dot products when floating point, allowed places when bool; or
     None
-    visual:  where the visual tokens stand in the sequence of keys (a class token or text may stand before them)
+    visual:  where the visual tokens stand in the sequence of keys (a class token or text may stand before them);
+             ``(tokens, group)`` where a visual token is made of several patches
     class_token: the class token's place, or None where the encoder has none
     causal:  whether a query sees only the keys up to its own place
     text:    where the text behind the last visual token stands, or None in a vision encoder
+    softcap: the bound that a tanh puts on the scores before the mask, or None
     """
 
     queries: Tensor
@@ -96,6 +99,7 @@ class Attention:
     mask: Tensor | None = None
     causal: bool = False
     text: Tensor | None = None
+    softcap: float | None = None
 
     def scores(self, queries: Rows) -> Tensor:
         """Scaled and masked dot products before the softmax: ``(heads, rows, keys)``."""
@@ -108,19 +112,30 @@ class Attention:
     def mean(self, queries: Rows | None = None, keys: Rows | None = None) -> Tensor:
         """Attention probabilities averaged over heads: ``(queries, keys)``, by default among the visual tokens.
 
-        The softmax always runs over the whole sequence; heads are added one after the other.
+        The softmax always runs over the whole sequence; heads are added one after the other. Of a group of patches the
+        mean counts, as queries and as keys.
         """
-        queries, keys = self.visual if queries is None else queries, _many(self.visual if keys is None else keys)
-        total = self._scores(0, queries)[0].softmax(-1)[:, keys]
+        queries, keys = self.visual if queries is None else queries, self.visual if keys is None else keys
+        total = self._mass(0, queries, keys)
         for head in range(1, self.queries.shape[0]):
-            total = total + self._scores(head, queries)[0].softmax(-1)[:, keys]
+            total = total + self._mass(head, queries, keys)
         return total / self.queries.shape[0]
+
+    def _mass(self, head: int, queries: Rows, keys: Rows) -> Tensor:
+        """One head's probabilities of some keys: ``(queries, keys)``."""
+        rows, columns = _many(queries), _many(keys)
+        grouped = isinstance(rows, Tensor) and rows.ndim == 2
+        mass = self._scores(head, rows.flatten() if grouped else rows)[0].softmax(-1)[:, columns]  # type: ignore[union-attr]
+        mass = mass.mean(-1) if mass.ndim == 3 else mass
+        return mass.unflatten(0, rows.shape).mean(1) if grouped else mass  # type: ignore[union-attr]
 
     def _scores(self, head: int, queries: Rows) -> Tensor:
         """One head's logits in float32: ``(1, rows, keys)``."""
         queries = _many(queries)
         groups = self.queries.shape[0] // self.keys.shape[0]
         logits = (self.queries[head][queries].float() * self.scale) @ self.keys[head // groups].float().T
+        if self.softcap is not None:
+            logits = (logits / self.softcap).tanh() * self.softcap
         if self.mask is not None:
             rows = self.mask[queries]
             logits = logits.masked_fill(~rows, -torch.inf) if rows.dtype == torch.bool else logits + rows

@@ -281,8 +281,8 @@ def test_knobs_go_with_a_name(llava: Model) -> None:
 
 
 def test_a_count_above_the_tokens_there_are_is_refused(llava: Model) -> None:
-    with reduce_tokens(llava, "uniform", keep=37), pytest.raises(ValueError, match="more than the 36 visual tokens"):
-        llava(**prompts(llava, [1]))
+    with pytest.raises(ValueError, match="more than the 36 visual tokens"), reduce_tokens(llava, "uniform", keep=37):
+        pass
 
 
 def _row(model: Model, batch: dict[str, Tensor], row: int) -> dict[str, Tensor]:

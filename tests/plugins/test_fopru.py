@@ -187,9 +187,8 @@ def test_row_counts_in_the_width_of_the_grid() -> None:
 
 
 @pytest.mark.parametrize("reducer", [FoPruRank(10), FoPruRow(10)])
-def test_more_than_there_is_is_refused(reducer: TokenReducer) -> None:
-    with pytest.raises(ValueError, match="keep=10 is more than the 9 visual tokens"):
-        count(reducer, Grid(3, 3))
+def test_of_a_small_image_all_is_kept(reducer: TokenReducer) -> None:
+    assert count(reducer, Grid(3, 3)) == 9
 
 
 def test_ties_go_to_the_token_that_comes_first() -> None:

@@ -16,16 +16,29 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tokenreduce.attach.decoder import DECODER_SIGNALS, DecoderSite, Prefill
 from tokenreduce.attach.generation import refuse_chunks, translated
 from tokenreduce.attach.prompt import Prompt, shorten
-from tokenreduce.attach.vision import VISION_SIGNALS, ImageReduction, StepReduction, VisionSite
-from tokenreduce.models.family import ModelFamily, family_of
-from tokenreduce.reducer import AtDecoder, Grid, TokenReducer, layer_index
+from tokenreduce.attach.vision import VISION_SIGNALS, ImageReduction, ReducedPicture, StepReduction, VisionSite
+from tokenreduce.models.family import ModelFamily, Picture, family_of
+from tokenreduce.reducer import (
+    AtDecoder,
+    AtEncoder,
+    AtEncoderOutput,
+    AtInput,
+    AtProjector,
+    Grid,
+    Span,
+    Step,
+    TokenReducer,
+    layer_index,
+)
 from tokenreduce.registry import MODELS, create
 from tokenreduce.signals import EncoderAttention, EncoderHidden
+
+SITES: tuple[type[Step], ...] = (AtInput, AtEncoder, AtEncoderOutput, AtProjector, AtDecoder)
+"""In the order in which a picture passes them."""
 
 _PROMPT = "_tokenreduce_prompt"
 """The attribute of a key-value cache that remembers which columns its prompt lost."""
@@ -75,8 +88,11 @@ def reduce_tokens(model: PreTrainedModel, reducer: TokenReducer | str, **knobs: 
 
 
 class Attachment:
-    """A reducer in a model. ``samples`` holds one :class:`SampleReduction` for every prompt of the last call with
-    pictures."""
+    """A reducer in a model.
+
+    samples: one :class:`SampleReduction` for every prompt of the last call with pictures.
+    prompt:  what was left of those prompts before the language model; None where nothing acts there.
+    """
 
     def __init__(self, family: ModelFamily, reducer: TokenReducer) -> None:
         self.family = family
@@ -91,14 +107,19 @@ class Attachment:
         self._vision = VisionSite(reducer, family) if len(inside) < len(self._steps) else None
         last = next((step for step in reversed(self._steps) if not isinstance(step, AtDecoder)), None)
         self._compact = last is None or reducer.positions_after(last) == "compact"
-        self._images: list[tuple[Grid, ...]] = []
+        self._entries: list[Tensor] = []
         self._prefill_due = False
+        self.prompt: Prompt | None = None
 
     @property
     def drops_only(self) -> bool:
         """Whether the last call dropped tokens at the projector and merged or resized nothing."""
         steps = [step for sample in self.samples for image in sample.images for step in image.steps]
         return all(step.site == "projector" and not step.merged for step in steps)
+
+    def visual(self, input_ids: Tensor) -> Tensor:
+        """Where visual tokens stand, bool as ``input_ids``."""
+        return torch.isin(input_ids, input_ids.new_tensor(list(self.family.placeholders.values())))
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -147,9 +168,8 @@ class Attachment:
             prompt = earlier.extended(
                 torch.cat([new.new_zeros(len(new), unseen), new], dim=1), inputs.get("attention_mask")
             )
-            given = inputs.get("position_ids")
-            positions = self._positions(prompt, None, padding_counts=given is None)[..., -new.shape[1] :]
-            inputs = {**inputs, "attention_mask": prompt.mask, "position_ids": positions}
+            positions = self._positions(prompt, padding_counts=inputs.get("position_ids") is None)
+            inputs = {**inputs, "attention_mask": prompt.mask, "position_ids": positions[..., -new.shape[1] :]}
         else:
             return original(**inputs)
         output = self._run(original, inputs)
@@ -168,12 +188,7 @@ class Attachment:
             prompt, inputs = self._shortened(inputs, padding_counts=False)
         elif earlier is not None:
             prompt = earlier.extended(inputs["input_ids"][:, earlier.full.shape[1] :], inputs.get("attention_mask"))
-            inputs = {
-                **inputs,
-                "input_ids": prompt.input_ids,
-                "attention_mask": prompt.mask,
-                "position_ids": self._positions(prompt, None, padding_counts=False),
-            }
+            inputs = {**self._gathered(inputs, prompt), "position_ids": self._positions(prompt, padding_counts=False)}
         else:
             prompt = None
         token = self._generating.set(True)
@@ -193,22 +208,29 @@ class Attachment:
 
     def _run(self, original: Callable[..., Any], inputs: dict[str, Any]) -> Any:
         """One call of the model's own forward, which is a prefill with decoder steps where it brings visual tokens."""
+        if encoded := inputs.get("mm_encoder_outputs"):
+            contained = {
+                modality: replace(output, pooler_output=self.family.contained(output.pooler_output, modality))
+                for modality, output in encoded.items()
+            }
+            inputs = {**inputs, "mm_encoder_outputs": contained}
         cache, ids = inputs.get("past_key_values"), inputs.get("input_ids")
         if self._decoder is None or ids is None or (cache is not None and cache.get_seq_length()):
             return original(**inputs)
-        visual = ids == self.family.placeholder
+        visual = self.visual(ids)
         if not bool(visual.any()):
             return original(**inputs)
         mask = inputs.get("attention_mask")
         valid = torch.ones_like(visual) if mask is None else mask.bool()
-        copies = len(ids) // len(self._images)  # beams and returned sequences stand in several rows
-        with self._decoder.prefill(visual, valid, [grids for grids in self._images for _ in range(copies)]) as prefill:
+        grids = [tuple(image.grid for image in sample.images) for sample in self.samples]
+        copies = len(ids) // len(grids)  # beams and returned sequences stand in several rows
+        with self._decoder.prefill(visual, valid, [each for each in grids for _ in range(copies)]) as prefill:
             output = original(**inputs)
         if self._prefill_due:
             self._prefill_due = False  # without a cache every step prefills again; the first one is the record
             self.samples = [
-                with_decoder_steps(sample, prefill, row * copies, self.family.geometry.decoder_layers)
-                for row, sample in enumerate(self.samples)
+                with_decoder_steps(sample, entries, prefill, row * copies, self.family.geometry.decoder_layers)
+                for row, (sample, entries) in enumerate(zip(self.samples, self._entries, strict=True))
             ]
         return output
 
@@ -219,88 +241,121 @@ class Attachment:
         cache = inputs.get("past_key_values")
         if cache is not None and cache.get_seq_length():
             raise ValueError("pictures in a later turn need the whole conversation again: call without past_key_values")
-        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
         assert self._vision is not None
-        images = self._vision.reduce(inputs)
-        rows = self._rows(inputs, [image.grid for image in images])
-        kept, features = [], []
-        for start, end in rows:
-            offsets = itertools.accumulate((len(image.grid) for image in images[start:end]), initial=0)
-            places = [image.placeholders() + offset for image, offset in zip(images[start:end], offsets, strict=False)]
-            kept.append(torch.cat([ids.new_empty(0), *(place.to(ids.device) for place in places)]))
-            features.append([image.features for image in images[start:end] if image.features is not None])
-        prompt = shorten(ids, mask, self.family.placeholder, kept, self._pad(ids, mask))
-        self._record(rows, [(image.grid, image.steps, len(image.index)) for image in images], prompt.lengths)
+        ids, given = inputs["input_ids"], inputs.get("attention_mask")
+        mask = torch.ones_like(ids) if given is None else given
+        pictures = self._vision.reduce(inputs)
+        rows = self.rows(inputs, [reduced.picture for reduced in pictures])
+        left = [reduced.left() for reduced in pictures]
+        kept = [
+            torch.cat([torch.empty(0, dtype=torch.long), *(places[left[n][0]] for n, places in row)]) for row in rows
+        ]
+        positions = inputs.get("position_ids")
+        if positions is None:
+            positions = self.family.positions({**inputs, "attention_mask": mask})
+        prompt = shorten(ids, mask, self.visual(ids), kept, positions, self._pad(ids, mask))
+        self.prompt = prompt
+        self._record(rows, pictures, [entries for _, entries, _ in left], prompt.lengths)
 
         shortened = {name: value for name, value in inputs.items() if name not in self.family.vision_inputs}
-        shortened["input_ids"] = prompt.input_ids
-        shortened["attention_mask"] = prompt.mask
-        shortened["position_ids"] = self._positions(prompt, inputs.get("position_ids"), padding_counts)
-        if any(features):
-            dim = next(row for row in features if row)[0]
-            packed = [
-                torch.cat([dim.new_empty(0, dim.shape[-1]), *row]) for row in features
-            ]  # one entry a row: beams need it
-            shortened["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=packed)}
+        shortened = self._gathered(shortened, prompt)
+        shortened["position_ids"] = self._positions(prompt, padding_counts and inputs.get("position_ids") is None)
+        outputs = {}
+        for modality in self.family.placeholders:
+            features = [
+                [left[number][2] for number, _ in row if pictures[number].picture.modality == modality] for row in rows
+            ]
+            if any(levels for row in features for levels in row):
+                outputs[modality] = self.family.outputs(_by_level(features))
+        if outputs:
+            shortened["mm_encoder_outputs"] = outputs
         return prompt, shortened
 
-    def _positions(self, prompt: Prompt, given: Tensor | None, padding_counts: bool) -> Tensor:
+    def _gathered(self, inputs: Mapping[str, Any], prompt: Prompt) -> dict[str, Any]:
+        """The inputs with everything that has an entry for every token at the remaining columns."""
+        result = {
+            name: prompt.gather(value)
+            if isinstance(value, Tensor) and value.shape == prompt.full.shape and name != "position_ids"
+            else value
+            for name, value in inputs.items()
+        }
+        return {**result, "input_ids": prompt.input_ids, "attention_mask": prompt.mask}
+
+    def _positions(self, prompt: Prompt, padding_counts: bool) -> Tensor:
         """Position ids of a shortened prompt.
 
-        ``generate`` does not count padding, and a plain forward call without position ids does: the reduced call
-        does likewise.
+        ``generate`` does not count padding, and in most models a plain forward call without position ids does: the
+        reduced call does likewise.
         """
-        mask, full_mask = prompt.mask, prompt.full_mask
-        if padding_counts and given is None:
-            mask, full_mask = torch.ones_like(mask), torch.ones_like(full_mask)
-        if self._compact:
-            return (mask.long().cumsum(-1) - 1).clamp(min=0)
-        return prompt.gather(self.family.positions(prompt.full, full_mask) if given is None else given)
+        if not padding_counts:
+            compact = (prompt.mask.long().cumsum(-1) - 1).clamp(min=0)
+            return compact if self._compact else prompt.gather(prompt.positions)
+        first = self.family.first_position
+        if not self.family.counts_padding:
+            compact = (prompt.mask.long().cumsum(-1) - 1).clamp(min=0)
+            return first + (compact if self._compact else prompt.gather(prompt.positions))
+        columns = torch.arange(prompt.columns.shape[1], device=prompt.columns.device).expand(prompt.columns.shape)
+        return first + (columns if self._compact else prompt.columns)
 
-    def _pad(self, ids: Tensor, mask: Tensor | None) -> int:
+    def _pad(self, ids: Tensor, mask: Tensor) -> int:
         """The token that stands at padding: the caller's own where there is some."""
-        if mask is not None and bool((mask == 0).any()):
+        if bool((mask == 0).any()):
             return int(ids[mask == 0][0])
         return self.model.generation_config.pad_token_id or 0
 
     # What is noted and what is refused.
 
-    def _rows(self, inputs: Mapping[str, Any], grids: Sequence[Grid]) -> list[tuple[int, int]]:
-        """For every prompt, the range of its images. Raises ``ValueError`` where placeholders and images do not
-        match."""
-        placeholders = (inputs["input_ids"] == self.family.placeholder).sum(-1).tolist()
-        rows, image = [], 0
-        for row, wanted in enumerate(placeholders):
-            start, found = image, 0
-            while found < wanted and image < len(grids):
-                found += len(grids[image])
-                image += 1
-            if found != wanted:
+    def rows(self, inputs: Mapping[str, Any], pictures: Sequence[Picture]) -> list[list[tuple[int, Tensor]]]:
+        """For every prompt its pictures, in its own order, each with its number in the call and the columns of its
+        placeholders ``(placeholders,)``. Raises ``ValueError`` where placeholders and pictures do not match."""
+        ids = inputs["input_ids"].cpu()
+        rows: list[list[tuple[int, Tensor]]] = [[] for _ in ids]
+        for modality, placeholder in self.family.placeholders.items():
+            waiting = [number for number, picture in enumerate(pictures) if picture.modality == modality]
+            total = len(waiting)
+            for row, prompt in enumerate(ids):
+                columns = (prompt == placeholder).nonzero()[:, 0]
+                while len(columns) and waiting:
+                    needed = len(pictures[waiting[0]].tokens)
+                    if needed > len(columns):
+                        break
+                    rows[row].append((waiting.pop(0), columns[:needed]))
+                    columns = columns[needed:]
+                if len(columns):
+                    has = int((prompt == placeholder).sum())
+                    raise ValueError(
+                        f"prompt {row} has {has} placeholders, which its {modality}s' visual tokens "
+                        f"({', '.join(str(len(picture.tokens)) for picture in pictures)} in this call) do not fill"
+                    )
+            if waiting:
                 raise ValueError(
-                    f"prompt {row} has {wanted} placeholders, which its images' {found} visual tokens do not fill"
+                    f"the prompts have placeholders for {total - len(waiting)} {modality}s, but there are {total}"
                 )
-            rows.append((start, image))
-        if image < len(grids):
-            raise ValueError(f"the prompts have placeholders for {image} images, but there are {len(grids)}")
-        return rows
+        return [sorted(row, key=lambda each: int(each[1][0])) for row in rows]
 
     def _record(
         self,
-        rows: Sequence[tuple[int, int]],
-        images: Sequence[tuple[Grid, Sequence[StepReduction], int]],
+        rows: Sequence[Sequence[tuple[int, Tensor]]],
+        pictures: Sequence[ReducedPicture],
+        entries: Sequence[Tensor],
         lengths: list[int],
     ) -> None:
-        self._images = [tuple(grid for grid, _, _ in images[start:end]) for start, end in rows]
         self._prefill_due = self._decoder is not None
-        self.samples = [
-            SampleReduction(
-                images=tuple(ImageReduction(grid, tuple(steps)) for grid, steps, _ in images[start:end]),
-                visual_tokens=sum(len(grid) for grid, _, _ in images[start:end]),
-                entering=sum(count for _, _, count in images[start:end]),
-                lengths=(length,) * self.family.geometry.decoder_layers,
+        self.samples, self._entries = [], []
+        for row, length in zip(rows, lengths, strict=True):
+            numbers = [number for number, _ in row]
+            tiles = [tile for number in numbers for tile in pictures[number].tiles]
+            before = itertools.accumulate((len(pictures[number].tiles) for number in numbers), initial=0)
+            own = [_numbered(entries[number], first) for number, first in zip(numbers, before, strict=False)]
+            self._entries.append(torch.cat([torch.empty(0, 2, dtype=torch.long), *own]))
+            self.samples.append(
+                SampleReduction(
+                    images=tuple(tile.reduction for tile in tiles),
+                    visual_tokens=sum(len(pictures[number].picture.tokens) for number in numbers),
+                    entering=len(self._entries[-1]),
+                    lengths=(length,) * self.family.geometry.decoder_layers,
+                )
             )
-            for (start, end), length in zip(rows, lengths, strict=True)
-        ]
 
     def _reduces(self, inputs: Mapping[str, Any]) -> bool:
         """Whether this call brings pictures and something is to be done to them; an untouched call is noted all the
@@ -308,9 +363,11 @@ class Attachment:
         if not any(inputs.get(name) is not None for name in self.family.vision_inputs):
             return False
         if self._vision is None:
-            grids, mask, ids = self.family.grids(inputs), inputs.get("attention_mask"), inputs["input_ids"]
+            pictures = [ReducedPicture.whole(picture) for picture in self.family.pictures(inputs)]
+            mask, ids = inputs.get("attention_mask"), inputs["input_ids"]
             lengths = (torch.ones_like(ids) if mask is None else mask.long()).sum(-1).tolist()
-            self._record(self._rows(inputs, grids), [(grid, (), len(grid)) for grid in grids], lengths)
+            rows = self.rows(inputs, [reduced.picture for reduced in pictures])
+            self._record(rows, pictures, [reduced.left()[1] for reduced in pictures], lengths)
         return bool(self._steps)
 
     def _refuse_hidden_tokens(self, inputs: Mapping[str, Any]) -> None:
@@ -331,10 +388,18 @@ class Attachment:
     def _refuse_what_cannot_be_hosted(self) -> None:
         name, family, family_sites = type(self.reducer).__name__, type(self.family).__name__, self.family.sites
         for step in self._steps:
-            if type(step) not in self.family.sites:
-                hosted = ", ".join(site.__name__ for site in self.family.sites)
+            if type(step) not in family_sites and not self._takes_pictures_away(step):
+                reason = self.family.unhosted.get(type(step))
+                hosted = ", ".join(site.__name__ for site in family_sites)
                 raise ValueError(
-                    f"{name} acts {type(step).__name__}, which {family} models cannot host; they host {hosted}"
+                    f"{name} acts {type(step).__name__}, which {family} models cannot host"
+                    f"{f' ({reason})' if reason else ''}; they host {hosted}"
+                )
+            total = None if isinstance(step, AtDecoder) else self.family.geometry.tokens
+            if total and isinstance(step.keep, int) and step.keep > total:
+                raise ValueError(
+                    f"keep={step.keep} is more than the {total} visual tokens there are: "
+                    "lower it, or give a ratio up to 1.0"
                 )
             known = DECODER_SIGNALS if isinstance(step, AtDecoder) else VISION_SIGNALS
             for signal in step.sees:
@@ -342,28 +407,53 @@ class Attachment:
                     raise ValueError(f"{name} asks to see {signal}, which {family} models cannot show")
                 if isinstance(signal, EncoderAttention | EncoderHidden):
                     layer_index(signal.layer, self.family.geometry.encoder_layers)
-        order = [family_sites.index(type(step)) for step in self._steps]
+        order = [SITES.index(type(step)) for step in self._steps]
         if order != sorted(order):
             raise ValueError(f"{name}: steps must be in the order of the sites, from the input to the decoder")
 
+    def _takes_pictures_away(self, step: Step) -> bool:
+        """Whether nothing is left behind this step, which every model can host."""
+        one = Grid(1, 1)
+        return isinstance(step, AtInput) and self.reducer.count(step, Span(self.family.geometry, (one,), 1, 1)) == 0
 
-def with_decoder_steps(sample: SampleReduction, prefill: Prefill, row: int, layers: int) -> SampleReduction:
-    """Add to a sample's record what was cut inside the language model, and the lengths that its layers saw."""
-    images, entered = [], 0
-    for image in sample.images:
+
+def with_decoder_steps(
+    sample: SampleReduction, entries: Tensor, prefill: Prefill, row: int, layers: int
+) -> SampleReduction:
+    """Add to a sample's record what was cut inside the language model, and the lengths that its layers saw.
+
+    ``entries`` tells for every visual token that entered, ``(entering, 2)``, its tile and its row in that.
+    """
+    images = []
+    for number, image in enumerate(sample.images):
         kept, before = image.kept, (image.steps[-1].source if image.steps else range(len(image.grid)))
-        places = range(entered, entered + len(kept))
+        own = (entries[:, 0] == number).nonzero()[:, 0]
+        entered = dict(zip(entries[own, 1].tolist(), own.tolist(), strict=True))
+        tokens = {place: kept[entry] for entry, place in entered.items()}
         steps = list(image.steps)
         for layer, index, source, merged in prefill.rows[row].steps:
-            inside = tuple(kept[place - entered] for place in index.tolist() if place in places)
-            into = tuple(-1 if old < 0 else int(source[entered + old]) for old in before)
+            inside = tuple(tokens[place] for place in index.tolist() if place in tokens)
+            into = tuple(-1 if old < 0 else int(source[entered[old]]) for old in before)
             steps.append(StepReduction(f"decoder layer {layer}", inside, into, merged))
-        entered += len(kept)
         images.append(replace(image, steps=tuple(steps)))
     full = int(prefill.valid[row].sum())
     stages = [prefill.stage(layer) for layer in range(layers)]
     lengths = tuple(full if stage is None else int(stage.valid[row].sum()) for stage in stages)
     return replace(sample, images=tuple(images), lengths=lengths)
+
+
+def _numbered(entries: Tensor, first: int) -> Tensor:
+    """Entries ``(k, 2)`` whose tiles are counted on from ``first``; special tokens belong to none."""
+    return torch.where(entries[:, :1] < 0, entries, entries + entries.new_tensor([first, 0]))
+
+
+def _by_level(rows: Sequence[Sequence[tuple[Tensor, ...]]]) -> list[list[Tensor]]:
+    """For every level of features each prompt's own ``(tokens, dim)``, out of those of its pictures."""
+    example = next(levels for row in rows for levels in row if levels)
+    return [
+        [torch.cat([empty[:0], *(levels[number] for levels in row if levels)]) for row in rows]
+        for number, empty in enumerate(example)
+    ]
 
 
 def method(wrapper: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:

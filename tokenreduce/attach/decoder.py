@@ -7,6 +7,7 @@ layer gets a mask over its own, shorter cache. Nothing is kept between calls any
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
@@ -43,8 +44,9 @@ class Stage:
     layer:   the first layer that sees it.
     columns: ``(rows, n)`` long, the column of the whole prompt that every slot stands for; 0 at padding.
     valid:   ``(rows, n)`` bool, false at padding.
-    lost:    ``(rows,)`` long, how many tokens of each row are gone.
+    lost:    ``(rows,)`` long, by how much the position ids of what follows become smaller where they close up.
     compact: whether positions close up behind what is gone.
+    length:  how wide the whole prompt is.
     """
 
     layer: int
@@ -52,6 +54,7 @@ class Stage:
     valid: Tensor
     lost: Tensor
     compact: bool
+    length: int
 
 
 @dataclass
@@ -80,13 +83,15 @@ class Prefill:
     valid:   ``(rows, length)`` bool, false at padding.
     rows:    every sample's visual tokens as they are now.
     entered: every sample's columns of visual tokens as they were.
+    deepstack: what the model adds to the visual tokens behind each of its first layers, ``(rows, length, dim)``.
     """
 
     valid: Tensor
     rows: list[Row]
     entered: list[Tensor]
     embeddings: Tensor | None = None
-    captured: dict[nn.Module, taps.Captured | None] = field(default_factory=dict)
+    deepstack: list[Tensor] = field(default_factory=list)
+    captured: taps.Captures = field(default_factory=dict)
     stages: list[Stage] = field(default_factory=list)
     prepared: dict[Hashable, dict[str, Any]] = field(default_factory=dict)
 
@@ -133,6 +138,7 @@ class DecoderSite:
         with ExitStack() as stack:
             tapped = [self.layers[layer].self_attn for layer in sorted({*self._watched, *self._looks_ahead})]
             stack.enter_context(taps.installed(tapped))
+            stack.callback(self.decoder.register_forward_pre_hook(self._take_deepstack, with_kwargs=True).remove)
             for number, layer in enumerate(self.layers):
                 hook = layer.register_forward_pre_hook(self._hook(number), with_kwargs=True)
                 stack.callback(hook.remove)
@@ -153,6 +159,29 @@ class DecoderSite:
         finally:
             self._prefill.reset(token)
 
+    def _take_deepstack(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Take over from the model what it would add to all visual tokens, of which some will be gone by then."""
+        prefill, added = self._prefill.get(), kwargs.get("deepstack_visual_embeds")
+        if prefill is None or added is None:
+            return None
+        visual = kwargs["visual_pos_masks"]
+        for embeddings in added:
+            level = embeddings.new_zeros(*visual.shape, embeddings.shape[-1])
+            level[visual.to(level.device)] = embeddings
+            prefill.deepstack.append(level)
+        return args, {**kwargs, "visual_pos_masks": None, "deepstack_visual_embeds": None}
+
+    def _deepstack(self, prefill: Prefill, number: int, hidden: Tensor) -> Tensor:
+        """The states ``(rows, n, dim)`` before a layer with what the model adds behind the one before it."""
+        if not 0 < number <= len(prefill.deepstack):
+            return hidden
+        level = prefill.deepstack[number - 1].to(hidden.device, hidden.dtype)
+        stage = prefill.stages[-1] if prefill.stages else _whole(prefill.valid)
+        hidden = hidden.clone()
+        for number_of_row, row in enumerate(prefill.rows):
+            hidden[number_of_row, row.slots] += level[number_of_row, stage.columns[number_of_row, row.slots]]
+        return hidden
+
     def _hook(self, number: int) -> Callable[..., Any]:
         def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             hidden, kwargs = args[0] if args else kwargs["hidden_states"], dict(kwargs)
@@ -172,10 +201,13 @@ class DecoderSite:
                             f"a {type(cache).__name__} needs layers of one length: leave the cache at its default"
                         )
                     setattr(cache, _STATE, prefill.stages)
+            hidden = self._deepstack(prefill, number, hidden)
             for step in self.steps.get(number, ()):
                 hidden = self._cut(prefill, step, number, hidden, kwargs)
             stage = prefill.stage(number)
-            return (hidden, *args[1:]), kwargs if stage is None else self._prefilling(prefill, stage, hidden, kwargs)
+            return (hidden, *args[1:]), kwargs if stage is None else self._prefilling(
+                prefill, stage, number, hidden, kwargs
+            )
 
         return before
 
@@ -188,7 +220,7 @@ class DecoderSite:
 
         def ahead() -> taps.Captured:
             if not look_ahead:
-                settings = self._prefilling(prefill, stage, hidden, kwargs) if prefill.stages else kwargs
+                settings = self._prefilling(prefill, stage, number, hidden, kwargs) if prefill.stages else kwargs
                 look_ahead.append(self._look_ahead(self.layers[number], hidden, settings))
             return look_ahead[0]
 
@@ -222,7 +254,7 @@ class DecoderSite:
                 features.append(hidden.new_empty(0, hidden.shape[-1]))
             kept.append(slots.nonzero()[:, 0])
         compact = self.reducer.positions_after(step) == "compact"
-        return self._packed(prefill, stage, number, compact, hidden, kept, features)
+        return self._packed(prefill, stage, number, compact, hidden, kept, features, kwargs.get("position_ids"))
 
     def _packed(
         self,
@@ -233,6 +265,7 @@ class DecoderSite:
         hidden: Tensor,
         kept: Sequence[Tensor],
         features: Sequence[Tensor],
+        positions: Tensor | None,
     ) -> Tensor:
         """Gather the slots that stay, padding on the prompt's own side, and open a new stage."""
         rows, width = len(kept), max(len(slots) for slots in kept)
@@ -248,33 +281,49 @@ class DecoderSite:
         shorter = hidden.gather(1, slots[..., None].expand(rows, width, hidden.shape[-1]))
         for row, replacement in enumerate(features):
             shorter[row, prefill.rows[row].slots] = replacement
-        lost = prefill.valid.sum(-1) - valid.sum(-1)
+        counted = self._counted(prefill.valid, positions)
+        lost = counted.amax(-1) - counted.masked_fill(~prefill.valid, torch.iinfo(torch.long).max).amin(-1)
+        lost = lost + 1 - valid.sum(-1)
         if prefill.stages and prefill.stages[-1].layer == number:
             prefill.stages.pop()  # two steps at one layer leave one stage
-        prefill.stages.append(Stage(number, columns, valid, lost, compact))
+        prefill.stages.append(Stage(number, columns, valid, lost, compact, prefill.valid.shape[1]))
         return shorter
 
     # What the layers behind a cut are handed.
 
-    def _prefilling(self, prefill: Prefill, stage: Stage, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
-        mask = kwargs.get("attention_mask")
-        key = (stage.layer, id(stage), id(mask))
+    def _prefilling(
+        self, prefill: Prefill, stage: Stage, number: int, hidden: Tensor, kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        mask, given, angles = (kwargs.get(name) for name in ("attention_mask", "position_ids", "position_embeddings"))
+        key = (stage.layer, id(stage), id(mask), id(angles))
         if key not in prefill.prepared:
-            positions = kwargs["position_ids"].expand(len(stage.columns), -1)
-            chosen = self._first(prefill.valid, stage) if stage.compact else stage.columns
-            positions = positions.gather(1, chosen)
+            counted = self._counted(prefill.valid, given)
+            if stage.compact:
+                first = counted.masked_fill(~prefill.valid, torch.iinfo(torch.long).max).amin(-1, keepdim=True)
+                positions = first + (stage.valid.long().cumsum(-1) - 1).clamp(min=0)
+                angles = self._rotary(hidden, positions.masked_fill(~stage.valid, 0), number)
+            else:
+                positions = counted.gather(1, stage.columns)
+                angles = tuple(_columns(each, stage.columns) for each in kwargs["position_embeddings"])
             prefill.prepared[key] = {
-                "position_ids": positions,
-                "position_embeddings": self.decoder.rotary_emb(hidden, positions),
+                "position_ids": None if given is None else positions,
+                "position_embeddings": angles,
                 "attention_mask": self._prefill_mask(mask, stage, hidden),
             }
         return {**kwargs, **prefill.prepared[key]}
 
     @staticmethod
-    def _first(valid: Tensor, stage: Stage) -> Tensor:
-        """The columns of each row's first tokens, as many as are left: where a shorter prompt would stand."""
-        starts = valid.long().argmax(-1, keepdim=True)
-        return (starts + (stage.valid.long().cumsum(-1) - 1).clamp(min=0)).masked_fill(~stage.valid, 0)
+    def _counted(valid: Tensor, given: Tensor | None) -> Tensor:
+        """The position ids of the whole prompt ``(rows, length)``: those that the layers are given, or counted."""
+        if given is None:
+            return (valid.long().cumsum(-1) - 1).clamp(min=0)
+        return given.expand(valid.shape)
+
+    def _rotary(self, hidden: Tensor, positions: Tensor, number: int) -> Any:
+        """The rotary embeddings of positions ``(rows, n)`` as layer ``number`` takes them."""
+        if "layer_type" in inspect.signature(self.decoder.rotary_emb.forward).parameters:
+            return self.decoder.rotary_emb(hidden, positions, self.decoder.config.layer_types[number])
+        return self.decoder.rotary_emb(hidden, positions)
 
     def _prefill_mask(self, mask: Tensor | None, stage: Stage, hidden: Tensor) -> Tensor | None:
         """The layer's own mask at the remaining rows and columns; slots of padding see themselves alone."""
@@ -300,16 +349,30 @@ class DecoderSite:
                 f"the cache holds {len(stage.columns)} reduced prompts, and {rows} go on: they cannot be told apart"
             )
         changed: dict[str, Any] = {}
+        width = stage.columns.shape[1]
+        new = cache.get_seq_length(number) - width + queries
         if stage.compact and bool(stage.lost.any()):
-            changed["position_ids"] = kwargs["position_ids"].expand(rows, -1) - stage.lost[:, None]
-            changed["position_embeddings"] = self.decoder.rotary_emb(hidden, changed["position_ids"])
-        mask = kwargs.get("attention_mask")
-        new = cache.get_seq_length(number) - stage.columns.shape[1] + queries
+            positions = kwargs.get("position_ids")
+            if positions is None:
+                behind = torch.arange(new - queries, new, device=hidden.device)
+                positions = (stage.lost + stage.valid.sum(-1))[:, None] + behind
+            positions = positions.expand(rows, -1) - stage.lost[:, None]
+            changed["position_ids"] = None if kwargs.get("position_ids") is None else positions
+            changed["position_embeddings"] = self._rotary(hidden, positions, number)
+        mask, window = kwargs.get("attention_mask"), sliding_window(self.decoder, number)
+        slides = window is not None and width + new > window
         if mask is not None and mask.ndim == 2:
             changed["attention_mask"] = torch.cat([stage.valid.to(mask.dtype), mask[:, -new:]], dim=1)
-        elif mask is not None or not bool(stage.valid.all()) or queries > 1:
+        elif mask is not None or not bool(stage.valid.all()) or queries > 1 or slides:
             valid = torch.cat([stage.valid, stage.valid.new_ones(rows, new)], dim=1)
-            changed["attention_mask"] = self._mask(_causal(valid)[:, -queries:], hidden.dtype)
+            allowed = _causal(valid)
+            if window is not None:  # counted in the whole prompt
+                behind = stage.columns.new_tensor(range(stage.length, stage.length + new)).expand(rows, new)
+                columns = torch.cat([stage.columns, behind], dim=1)
+                allowed = allowed & (columns[:, :, None] - columns[:, None, :] < window)
+                if cache.layers[number].is_sliding:  # the layer's cache holds the last keys alone
+                    allowed = allowed[..., -(min(width + new - queries, window - 1) + queries) :]
+            changed["attention_mask"] = self._mask(allowed[:, -queries:], hidden.dtype)
         return {**kwargs, **changed}
 
     def _mask(self, allowed: Tensor, dtype: torch.dtype) -> Tensor:
@@ -342,6 +405,9 @@ class DecoderSite:
         def view(captured: taps.Captured | None) -> Attention:
             if captured is None or captured.queries.shape[2] != len(valid):
                 raise ValueError(f"{type(self.reducer).__name__} asks to see a layer from before an earlier cut")
+            mask = captured.mask
+            if mask is not None:
+                mask = mask[number if len(mask) > 1 else 0, 0][sequence][:, sequence] if mask.ndim == 4 else None
             return Attention(
                 captured.queries[number][:, sequence],
                 captured.keys[number][:, sequence],
@@ -349,7 +415,9 @@ class DecoderSite:
                 captured.scale,
                 visual=visual,
                 text=text,
-                causal=True,
+                mask=mask,
+                causal=mask is None,
+                softcap=captured.softcap,
             )
 
         def value(signal: Hashable) -> Any:
@@ -357,7 +425,8 @@ class DecoderSite:
                 raise KeyError(f"{signal} was not declared: list it in the step's `sees`")
             match signal:
                 case DecoderAttention(layer=layer):
-                    return view(prefill.captured[self.layers[layer_index(layer, len(self.layers))].self_attn])
+                    calls = prefill.captured[self.layers[layer_index(layer, len(self.layers))].self_attn]
+                    return view(calls[-1] if calls else None)
                 case LookAheadAttention():
                     return view(ahead())
                 case DecoderHidden(normed=normed):
@@ -387,17 +456,28 @@ class DecoderSite:
                 hidden_states=layer.input_layernorm(hidden),
                 position_embeddings=kwargs["position_embeddings"],
                 position_ids=kwargs["position_ids"],
-                attention_mask=None,
+                attention_mask=kwargs.get("attention_mask"),
             )
-        captured = found[layer.self_attn]
-        assert captured is not None
+        (captured,) = found[layer.self_attn]
         return captured
+
+
+def _columns(angles: Tensor, columns: Tensor) -> Tensor:
+    """Rotary embeddings ``(rows or 1, length, dim)`` at some columns ``(rows, n)``."""
+    return angles.expand(len(columns), -1, -1).gather(1, columns[..., None].expand(-1, -1, angles.shape[-1]))
+
+
+def sliding_window(decoder: Any, number: int) -> int | None:
+    """How many tokens back, itself counted, a token of this layer sees; None where it sees them all."""
+    window = getattr(decoder.config, "sliding_window", None)
+    kinds = getattr(decoder.config, "layer_types", None)
+    return window if kinds is None or kinds[number] == "sliding_attention" else None
 
 
 def _whole(valid: Tensor) -> Stage:
     """The stage before any cut."""
     columns = torch.arange(valid.shape[1], device=valid.device).expand(valid.shape)
-    return Stage(0, columns, valid, valid.new_zeros(len(valid), dtype=torch.long), False)
+    return Stage(0, columns, valid, valid.new_zeros(len(valid), dtype=torch.long), False, valid.shape[1])
 
 
 def _causal(valid: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ class Prompt:
     full_mask: ``(rows, length)``, the caller's mask: 0 at padding.
     columns:   ``(rows, shorter)`` long, the caller's column that each remaining column was; 0 at padding.
     mask:      ``(rows, shorter)``, in the caller's dtype: 0 at padding.
+    positions: ``(..., rows, length)`` long, the position ids of the caller's columns.
     pad:       the token id to write at padding.
     """
 
@@ -24,6 +25,7 @@ class Prompt:
     full_mask: Tensor
     columns: Tensor
     mask: Tensor
+    positions: Tensor
     pad: int
 
     @property
@@ -58,38 +60,40 @@ class Prompt:
         length = self.full.shape[1]
         tail = self.mask.new_ones(rows, added) if mask is None else mask[:, -added:].to(self.mask.dtype)
         columns = torch.arange(length, length + added, device=self.columns.device).expand(rows, added)
+        steps = torch.arange(1, added + 1, device=self.positions.device)
         return Prompt(
             torch.cat([self.full, more], dim=1),
             torch.cat([self.full_mask, tail], dim=1),
             torch.cat([self.columns, columns], dim=1),
             torch.cat([self.mask, tail], dim=1),
+            torch.cat([self.positions, self.positions.amax(-1, keepdim=True) + steps], dim=-1),
             self.pad,
         )
 
 
 def shorten(
-    input_ids: Tensor, attention_mask: Tensor | None, placeholder: int, kept: Sequence[Tensor], pad: int
+    input_ids: Tensor, attention_mask: Tensor, visual: Tensor, kept: Sequence[Tensor], positions: Tensor, pad: int
 ) -> Prompt:
-    """Keep all text and, in row ``i``, the placeholders at the places ``kept[i]`` ``(k,)``, in that order.
+    """Keep all text and, of the visual tokens of row ``i``, those at the columns ``kept[i]`` ``(k,)``, in that order.
 
+    visual: ``(rows, length)`` bool, where visual tokens stand; positions: ``(..., rows or 1, length)``.
     Padding goes to the side that the caller padded; rows are as wide as the longest one needs.
     """
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     rows = []
-    for ids, valid, places in zip(input_ids, mask, kept, strict=True):
-        visual = (ids == placeholder) & (valid != 0)
-        chosen = visual.nonzero()[:, 0][places.to(ids.device)]
-        stays = (valid != 0) & ~visual
+    for valid, places, chosen in zip(attention_mask != 0, visual, kept, strict=True):
+        chosen = chosen.to(input_ids.device)
+        stays = valid & ~places
         stays[chosen] = True
         columns = stays.nonzero()[:, 0]
-        columns[visual[columns]] = chosen
+        columns[places[columns]] = chosen
         rows.append(columns)
     width = max(len(columns) for columns in rows)
-    left = bool((mask[:, 0] == 0).any())
+    left = bool((attention_mask[:, 0] == 0).any())
     packed = input_ids.new_zeros(len(rows), width)
-    packed_mask = mask.new_zeros(len(rows), width)
+    packed_mask = attention_mask.new_zeros(len(rows), width)
     for row, columns in enumerate(rows):
         place = slice(width - len(columns), None) if left else slice(len(columns))
         packed[row, place] = columns
         packed_mask[row, place] = 1
-    return Prompt(input_ids, mask, packed, packed_mask, pad)
+    positions = positions.expand(*positions.shape[:-2], *input_ids.shape)
+    return Prompt(input_ids, attention_mask, packed, packed_mask, positions, pad)

@@ -24,21 +24,26 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 @dataclass(frozen=True)
 class Captured:
-    """What one attention layer computed with: queries, keys, values ``(batch, heads, sequence, head_dim)``, mask and
-    scale."""
+    """What one call of an attention kernel computed with: queries, keys, values ``(batch, heads, sequence,
+    head_dim)``, mask, scale, and the bound of its scores where they have one."""
 
     queries: Tensor
     keys: Tensor
     values: Tensor
     mask: Tensor | None
     scale: float
+    softcap: float | None = None
+
+
+Captures = dict[nn.Module, list[Captured]]
+"""For every module that is captured its calls: one, or one a stretch where a tower computes a packed sequence."""
 
 
 class Seen(Exception):
     """Raised out of an attention layer whose tensors were wanted and whose result is not."""
 
 
-_captures: ContextVar[dict[nn.Module, Captured | None]] = ContextVar("tokenreduce_captures")
+_captures: ContextVar[Captures] = ContextVar("tokenreduce_captures")
 _stops: ContextVar[bool] = ContextVar("tokenreduce_stops", default=False)
 _lock = threading.Lock()
 _users: Counter[str] = Counter()
@@ -65,12 +70,12 @@ def installed(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def capture(modules: Iterable[nn.Module], stop: bool = False) -> Iterator[dict[nn.Module, Captured | None]]:
+def capture(modules: Iterable[nn.Module], stop: bool = False) -> Iterator[Captures]:
     """Collect what ``modules`` compute with in this thread; the dictionary fills as they run.
 
     With ``stop`` a module that was seen raises :class:`Seen` instead of computing its attention.
     """
-    found: dict[nn.Module, Captured | None] = dict.fromkeys(modules)
+    found: Captures = {module: [] for module in modules}
     captures, stops = _captures.set(found), _stops.set(stop)
     try:
         yield found
@@ -94,9 +99,8 @@ def _install(kernel: str) -> None:
         found = _captures.get({})
         if module in found:
             scale = options.get("scaling")
-            found[module] = Captured(
-                query, key, value, attention_mask, query.shape[-1] ** -0.5 if scale is None else scale
-            )
+            scale = query.shape[-1] ** -0.5 if scale is None else scale
+            found[module].append(Captured(query, key, value, attention_mask, scale, options.get("softcap")))
             if _stops.get():
                 raise Seen
         return original(module, query, key, value, attention_mask, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -14,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tokenreduce.attach import taps
 from tokenreduce.attach.selecting import checked
-from tokenreduce.models.family import Inputs, ModelFamily
+from tokenreduce.models.family import Inputs, Modality, ModelFamily, Picture, Tile
 from tokenreduce.reducer import (
     AtDecoder,
     AtEncoder,
@@ -52,42 +53,53 @@ class StepReduction:
 
 @dataclass(frozen=True)
 class ImageReduction:
-    """What a reducer did to one image."""
+    """What a reducer did to one tile: an image, a tile of one where the model cuts images up, or a frame.
+
+    encoded: how many patches the vision encoder saw in its place.
+    """
 
     grid: Grid
     steps: tuple[StepReduction, ...]
+    encoded: int
 
     @property
     def kept(self) -> Sequence[int]:
         """The tokens that stay after the last step."""
         return self.steps[-1].index if self.steps else range(len(self.grid))
 
-    @property
-    def encoded(self) -> int:
-        """How many of the picture's tokens went into the vision tower."""
-        at_input = [len(step.index) for step in self.steps if step.site == "input"]
-        return at_input[-1] if at_input else len(self.grid)
 
+@dataclass(eq=False)
+class ReducedTile:
+    """One tile on its way.
 
-@dataclass
-class ReducedImage:
-    """One image on its way.
-
-    grid: its layout; encoded: the layout that the vision tower sees, smaller where the picture was made smaller.
-    index: ``(k,)`` the tokens that are left; entered: their places among those that entered the tower; places: where
-    they stand in what the tower gives now, which merging in it renumbers.
-    features: ``(k, dim)`` at the projector; sizes: ``(k,)`` how many tokens were merged into each, None while none was.
+    tile: what it was; encoded: the layout that the vision tower sees, smaller where the picture was made smaller.
+    number: which of its picture's tiles it is.
+    index: ``(k,)`` the tokens that are left; entered: their places among those that entered the tower.
+    patches: ``(k,)`` or ``(k, group)`` where theirs stand in what the tower gives now, which merging in it renumbers.
+    features: ``(k, dim)`` at the projector, and behind them what deeper layers add; sizes: ``(k,)`` how many tokens
+    were merged into each, None while none was.
     """
 
-    grid: Grid
+    tile: Tile
+    number: int
     encoded: Grid
     index: Tensor
     entered: Tensor
-    places: Tensor
-    features: Tensor | None = None
+    patches: Tensor
+    features: tuple[Tensor, ...] = ()
     sizes: Tensor | None = None
     steps: list[StepReduction] = field(default_factory=list)
     carried: Any = None
+
+    @property
+    def grid(self) -> Grid:
+        return self.tile.grid
+
+    @property
+    def reduction(self) -> ImageReduction:
+        at_input = [step for step in self.steps if step.site == "input"]
+        encoded = len(at_input[-1].index) if at_input else self.tile.encoded
+        return ImageReduction(self.grid, tuple(self.steps), encoded)
 
     def take(self, site: str, selection: Selection) -> None:
         """Note what one step selected."""
@@ -95,15 +107,15 @@ class ReducedImage:
         chosen = selection.index.to(self.index.device)
         self.index = _follow(self.index, chosen)
         self.entered = _follow(self.entered, chosen)
-        self.places = _follow(self.places, chosen)
+        self.patches = _follow(self.patches, chosen)
         self.carried, self.sizes = selection.carry, selection.size
         before = self.steps[-1].source if self.steps else range(len(self.grid))
         source = selection.sources(entering).tolist()
         into = tuple(-1 if row < 0 else source[row] for row in before)
         self.steps.append(StepReduction(site, tuple(self.index.tolist()), into, selection.features is not None))
 
-    def placeholders(self) -> Tensor:
-        """A placeholder for every row ``(k,)``: its token's own, and the first free ones for rows without a token."""
+    def places(self) -> Tensor:
+        """A token's place for every row ``(k,)``: its own, and the first free ones for rows without a token."""
         homeless = self.index < 0
         if not bool(homeless.any()):
             return self.index
@@ -114,21 +126,88 @@ class ReducedImage:
         return places
 
 
+@dataclass(eq=False)
+class ReducedPicture:
+    """One image or video on its way: its tiles, and the features ``(placeholders, dim)`` of its special tokens."""
+
+    picture: Picture
+    tiles: list[ReducedTile]
+    packed: tuple[Tensor, ...] = ()
+
+    @classmethod
+    def whole(cls, picture: Picture) -> ReducedPicture:
+        tiles = []
+        for number, tile in enumerate(picture.tiles):
+            everything = torch.arange(len(tile.grid))
+            tiles.append(ReducedTile(tile, number, tile.grid, everything, everything, tile.patches))
+        return cls(picture, tiles)
+
+    def left(self) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """What is left of it in the prompt.
+
+        The places among its placeholders ``(k,)``; the tile and the row of that tile that stand there ``(k, 2)``, -1
+        for special tokens; and their features, none where the picture was not encoded.
+        """
+        homes = self._homes()
+        places = torch.cat([home[tile.places().cpu()] for home, tile in zip(homes, self.tiles, strict=True)])
+        rows = [torch.arange(len(tile.index)) for tile in self.tiles]
+        owners = torch.cat([torch.full_like(row, tile.number) for row, tile in zip(rows, self.tiles, strict=True)])
+        entries = torch.stack([owners, torch.cat(rows)], dim=1)
+        levels = [torch.cat(level) for level in zip(*(tile.features for tile in self.tiles), strict=True)]
+        special = (self.picture.tokens < 0) & torch.isin(self.picture.lines, self.picture.lines[places])
+        if bool(special.any()):
+            extra = special.nonzero()[:, 0]
+            places = torch.cat([places, extra])
+            entries = torch.cat([entries, entries.new_full((len(extra), 2), -1)])
+            levels = [torch.cat([level, whole[extra]]) for level, whole in zip(levels, self.packed, strict=True)]
+        if len(self.tiles) > 1 or bool(special.any()):  # a single tile's own order is the method's affair
+            order = places.argsort()
+            places, entries, levels = places[order], entries[order], [level[order] for level in levels]
+        return places, entries, tuple(levels)
+
+    def unpack(self, packed: tuple[Tensor, ...], shortened: bool) -> None:
+        """Give every tile the features of its tokens, out of what stands at the placeholders ``(placeholders, dim)``;
+        ``shortened`` where that holds the one tile's remaining rows alone."""
+        self.packed = packed
+        for home, tile in zip(self._homes(), self.tiles, strict=True):
+            places = torch.arange(len(tile.index)) if shortened else home[tile.places().cpu()]
+            tile.features = tuple(level[places.to(level.device)] for level in packed)
+
+    def _homes(self) -> list[Tensor]:
+        """For every tile the place of each of its tokens among the placeholders: ``(tokens,)``."""
+        tokens = self.picture.tokens
+        homes = torch.empty(int((tokens >= 0).sum()), dtype=torch.long)
+        homes[tokens[tokens >= 0]] = (tokens >= 0).nonzero()[:, 0]
+        return list(homes.split([len(tile.grid) for tile in self.tiles]))
+
+
 def _follow(values: Tensor, chosen: Tensor) -> Tensor:
     """``values`` at ``chosen``, and -1 where that is -1."""
-    return values[chosen.clamp(min=0)].masked_fill(chosen < 0, -1) if len(chosen) else chosen
+    if not len(chosen):
+        return values[:0]
+    return values[chosen.clamp(min=0)].masked_fill(chosen.reshape(-1, *[1] * (values.ndim - 1)) < 0, -1)
 
 
 @dataclass
 class _Encoding:
-    """One run of the vision tower: the images in it, and what was captured on the way."""
+    """One run of the vision tower: the pictures in it, and what was captured on the way."""
 
-    images: Sequence[ReducedImage]
+    pictures: Sequence[ReducedPicture]
     inputs: Inputs
-    attention: dict[nn.Module, taps.Captured | None] = field(default_factory=dict)
+    modality: Modality
+    attention: taps.Captures = field(default_factory=dict)
     hidden: dict[int, Tensor] = field(default_factory=dict)
     merged: Tensor | None = None
     update: Tensor | None = None
+
+    @property
+    def tiles(self) -> list[ReducedTile]:
+        return [tile for picture in self.pictures for tile in picture.tiles]
+
+    @property
+    def first(self) -> int:
+        """The first encoder sequence of the call that is in this run."""
+        return self.tiles[0].tile.sequence
 
 
 class VisionSite:
@@ -141,9 +220,9 @@ class VisionSite:
         self._current: ContextVar[_Encoding | None] = ContextVar("tokenreduce_encoding", default=None)
         depth = family.geometry.encoder_layers
         signals = [signal for step in self.steps for signal in step.sees]
-        modules = family.encoder_attention()
         self._attention = {
-            signal: modules[layer_index(signal.layer, depth)]
+            (modality, signal): family.encoder_attention(modality)[layer_index(signal.layer, depth)]
+            for modality in family.placeholders
             for signal in signals
             if isinstance(signal, EncoderAttention)
         }
@@ -160,115 +239,152 @@ class VisionSite:
         """Stand in the vision tower while this context lasts."""
         with ExitStack() as stack:
             stack.enter_context(taps.installed(self._attention.values()))
-            layers = self.family.encoder_layers()
-            for number, layer in enumerate(layers):
-                hooks = []
-                if number in self._hidden or number in self._inside:
-                    hooks.append(layer.register_forward_hook(self._after_layer(number), prepend=True))
-                if self._inside:
-                    hooks.append(layer.register_forward_pre_hook(self._before_layer, with_kwargs=True))
-                if any(step.where == "attention" for step in self._inside.get(number, ())):
-                    hooks.append(layer.layer_norm2.register_forward_pre_hook(self._after_attention(number)))
-                    hooks.append(layer.mlp.register_forward_hook(self._after_mlp))
-                for hook in hooks:
-                    stack.callback(hook.remove)
+            towers = {id(layers): layers for layers in map(self.family.encoder_layers, self.family.placeholders)}
+            for layers in towers.values():
+                self._install(layers, stack)
             if any(isinstance(step, AtEncoderOutput) for step in self.steps):
                 stack.callback(self.family.projector.register_forward_pre_hook(self._before_projector).remove)
             yield
 
-    def reduce(self, inputs: Inputs) -> list[ReducedImage]:
-        """Encode every image of the call and run the reducer's steps on it, up to the projector."""
-        images = []
-        for grid in self.family.grids(inputs):
-            everything = torch.arange(len(grid))
-            images.append(ReducedImage(grid, grid, index=everything, entered=everything, places=everything))
+    def _install(self, layers: Sequence[Any], stack: ExitStack) -> None:
+        for number, layer in enumerate(layers):
+            hooks = []
+            if number in self._hidden or number in self._inside:
+                hooks.append(layer.register_forward_hook(self._after_layer(number), prepend=True))
+            if self._inside:
+                hooks.append(layer.register_forward_pre_hook(self._before_layer, with_kwargs=True))
+            if any(step.where == "attention" for step in self._inside.get(number, ())):
+                hooks.append(layer.layer_norm2.register_forward_pre_hook(self._after_attention(number)))
+                hooks.append(layer.mlp.register_forward_hook(self._after_mlp))
+            for hook in hooks:
+                stack.callback(hook.remove)
+
+    def reduce(self, inputs: Inputs) -> list[ReducedPicture]:
+        """Encode every picture of the call and run the reducer's steps on it, up to the projector."""
+        pictures = [ReducedPicture.whole(picture) for picture in self.family.pictures(inputs)]
         for step in self.steps:
             if isinstance(step, AtInput):
-                inputs = self._resize(step, inputs, images)
-        if all(len(image.index) == 0 for image in images):
-            return images
-        # Images may lose different numbers of tokens inside the tower, so they then go through it one by one.
-        size = 1 if self._inside else len(images)
-        for first in range(0, len(images), size):
-            batch = images[first : first + size]
-            self._encode(_Encoding(batch, self.family.some(inputs, slice(first, first + size))))
-        return images
+                inputs = self._resize(step, inputs, [tile for picture in pictures for tile in picture.tiles])
+        if all(len(tile.index) == 0 for picture in pictures for tile in picture.tiles):
+            return pictures
+        for modality in self.family.placeholders:
+            some = [picture for picture in pictures if picture.picture.modality == modality]
+            # Images may lose different numbers of tokens inside the tower, so they then go through it one by one.
+            size = 1 if self._inside else max(1, len(some))
+            for first in range(0, len(some), size):
+                part = self.family.some(inputs, slice(first, first + size), modality) if size < len(some) else inputs
+                self._encode(_Encoding(some[first : first + size], part, modality))
+        return pictures
 
     def _encode(self, encoding: _Encoding) -> None:
-        for image in encoding.images:
-            image.index = image.index.to(self.family.model.device)
-            image.entered = image.entered.to(self.family.model.device)
-            image.places = image.places.to(self.family.model.device)
+        device = self.family.model.device
+        for tile in encoding.tiles:
+            tile.index, tile.entered = tile.index.to(device), tile.entered.to(device)
+            tile.patches = tile.patches.to(device)
         token = self._current.set(encoding)
         try:
             with taps.capture(self._attention.values()) as encoding.attention:
-                features = self.family.encode(encoding.inputs)
+                encoded = self.family.encode(encoding.inputs, encoding.modality)
         finally:
             self._current.reset(token)
-        for number, image in enumerate(encoding.images):
-            image.features = features[number][: len(image.index)]
+        shortened = AtEncoder in self.family.sites
+        for picture, features in zip(encoding.pictures, encoded, strict=True):
+            picture.unpack(features, shortened)
+        for tile in encoding.tiles:
             for step in self.steps:
-                if isinstance(step, AtProjector):
-                    image.features = self._select(encoding, number, step, "projector", image.features)
+                if isinstance(step, AtProjector) and len(tile.index):
+                    self._select_projected(encoding, tile, step)
 
-    def _select(self, encoding: _Encoding, number: int, step: Step, site: str, features: Tensor) -> Tensor:
-        """Run one step on one image; the features ``(k, dim)`` that it leaves of ``(n, dim)``."""
-        image = encoding.images[number]
-        span = Span(self.family.geometry, (image.encoded,), len(image.encoded), len(image.index))
+    def _select_projected(self, encoding: _Encoding, tile: ReducedTile, step: AtProjector) -> None:
+        """Run a step behind the projector; what deeper layers add follows the tokens, merged ones by their mean."""
+        features, *deeper = tile.features
+        before = len(tile.index)
+        selection, features = self._select(encoding, tile, step, "projector", features)
+        if selection.features is None:
+            deeper = [level[selection.index] for level in deeper]
+        elif deeper:
+            source = selection.sources(before).to(features.device)
+            members = torch.nn.functional.one_hot(source[source >= 0], len(features)).T.to(features.dtype)
+            means = members / members.sum(-1, keepdim=True).clamp(min=1)
+            deeper = [means @ level[source >= 0] for level in deeper]
+        tile.features = (features, *deeper)
+
+    def _select(
+        self, encoding: _Encoding, tile: ReducedTile, step: Step, site: str, features: Tensor
+    ) -> tuple[Selection, Tensor]:
+        """Run one step on one tile; the features ``(k, dim)`` that it leaves of ``(n, dim)``."""
+        span = Span(self.family.geometry, (tile.encoded,), len(tile.encoded), len(tile.index))
+        picture = next(picture.picture for picture in encoding.pictures if tile in picture.tiles)
         tokens = VisualTokens(
             features,
             span,
             self.reducer.count(step, span),
-            index=image.entered,
-            signals=self._signals(encoding, number, step),
-            fingerprint=lambda: self.family.fingerprint(encoding.inputs, number),
-            carried=image.carried,
+            index=tile.entered,
+            signals=self._signals(encoding, tile, step),
+            fingerprint=lambda: _checksum(picture.pixels) + tile.number,
+            carried=tile.carried,
         )
         selection = checked(self.reducer, step, tokens)
-        image.take(site, selection)
-        return features[selection.index] if selection.features is None else selection.features
+        tile.take(site, selection)
+        return selection, features[selection.index] if selection.features is None else selection.features
 
-    def _signals(self, encoding: _Encoding, number: int, step: Step) -> Callable[[Hashable], Any]:
-        image, class_token = encoding.images[number], int(self.family.geometry.class_token)
+    def _signals(self, encoding: _Encoding, tile: ReducedTile, step: Step) -> Callable[[Hashable], Any]:
+        class_token = int(self.family.geometry.class_token)
 
         def value(signal: Hashable) -> Any:
             if signal not in step.sees:
                 raise KeyError(f"{signal} was not declared: list it in the step's `sees`")
             match signal:
                 case EncoderAttention():
-                    return self._view(encoding.attention[self._attention[signal]], number, image.places)
+                    return self._view(encoding, encoding.attention[self._attention[encoding.modality, signal]], tile)
                 case EncoderHidden(layer=layer):
                     layer = layer_index(layer, self.family.geometry.encoder_layers)
-                    return encoding.hidden[layer][number, class_token + image.places]
+                    states = self._sequence(encoding, encoding.hidden[layer], tile)[class_token + tile.patches]
+                    return states.mean(1) if states.ndim == 3 else states
                 case ClassToken():
                     if not class_token:
                         raise ValueError(f"{type(self.family).__name__}'s vision encoder has no class token")
-                    return encoding.hidden[self.family.geometry.feature_layer][number, 0]
+                    return self._sequence(encoding, encoding.hidden[self.family.geometry.feature_layer], tile)[0]
                 case TokenSizes():
-                    return (
-                        torch.ones(len(image.index), device=image.index.device) if image.sizes is None else image.sizes
-                    )
+                    return torch.ones(len(tile.index), device=tile.index.device) if tile.sizes is None else tile.sizes
             raise KeyError(f"{signal} does not exist before the language model")
 
         return value
 
-    def _view(self, captured: taps.Captured | None, number: int, places: Tensor) -> Attention:
-        if captured is None:
+    @staticmethod
+    def _sequence(encoding: _Encoding, states: Tensor, tile: ReducedTile) -> Tensor:
+        """One tile's own stretch of an encoder layer's states: ``(tokens, dim)``."""
+        packed = states if states.ndim == 2 else states[tile.tile.sequence - encoding.first]
+        return packed if tile.tile.extent is None else packed[tile.tile.extent]
+
+    def _view(self, encoding: _Encoding, calls: Sequence[taps.Captured], tile: ReducedTile) -> Attention:
+        if not calls:
             raise RuntimeError(
                 "the vision encoder did not run through transformers' attention interface, so it cannot be seen"
             )
-        mask, class_token = captured.mask, self.family.geometry.class_token
+        row, extent = tile.tile.sequence - encoding.first, tile.tile.extent
+        if extent is None:
+            (call,) = calls
+            queries, keys, values = (each[row] for each in (call.queries, call.keys, call.values))
+        else:  # a packed sequence, which most kernels take in stretches
+            call, row = calls[0], 0
+            queries, keys, values = (
+                torch.cat([getattr(each, name)[0] for each in calls], dim=1)[:, extent]
+                for name in ("queries", "keys", "values")
+            )
+        class_token = self.family.geometry.class_token
         return Attention(
-            captured.queries[number],
-            captured.keys[number],
-            captured.values[number],
-            captured.scale,
-            visual=int(class_token) + places,
+            queries,
+            keys,
+            values,
+            call.scale,
+            visual=int(class_token) + tile.patches,
             class_token=0 if class_token else None,
-            mask=None if mask is None else mask[number if len(mask) > 1 else 0, 0],
+            mask=None if call.mask is None else call.mask[row if len(call.mask) > 1 else 0, 0],
+            softcap=call.softcap,
         )
 
-    def _resize(self, step: AtInput, inputs: Inputs, images: Sequence[ReducedImage]) -> Inputs:
+    def _resize(self, step: AtInput, inputs: Inputs, images: Sequence[ReducedTile]) -> Inputs:
         """Make every picture smaller, or take all of them away."""
         name = type(self.reducer).__name__
         targets: list[Grid | None] = []
@@ -286,7 +402,7 @@ class VisionSite:
             index, source = nothing if target is None else image.encoded.cells(target)
             image.take("input", Selection(index, source=source))
             image.encoded = target or image.encoded
-            image.entered = image.places = torch.arange(len(index))
+            image.entered = image.patches = torch.arange(len(index))
         return {**inputs, **self.family.resize(inputs, grids)} if grids else inputs
 
     # Inside the tower. The class token stays in the sequence and is not shown to the reducer.
@@ -294,9 +410,9 @@ class VisionSite:
     def _before_layer(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Proportional attention: a token that holds several others counts as often."""
         encoding = self._current.get()
-        if encoding is None or encoding.images[0].sizes is None:
+        if encoding is None or encoding.tiles[0].sizes is None:
             return None
-        sizes = encoding.images[0].sizes.log()
+        sizes = encoding.tiles[0].sizes.log()
         bias = torch.cat([sizes.new_zeros(int(self.family.geometry.class_token)), sizes])
         hidden = args[0] if args else kwargs["hidden_states"]
         bias = bias.to(hidden.dtype).expand(1, 1, hidden.shape[1], hidden.shape[1])
@@ -341,8 +457,9 @@ class VisionSite:
         class_token = int(self.family.geometry.class_token)
         for step in self._inside.get(number, ()):
             if step.where == where:
-                features = self._select(encoding, 0, step, f"encoder layer {number}", hidden[0, class_token:])
-                encoding.images[0].places = torch.arange(len(features), device=features.device)
+                tile = encoding.tiles[0]
+                _, features = self._select(encoding, tile, step, f"encoder layer {number}", hidden[0, class_token:])
+                tile.patches = torch.arange(len(features), device=features.device)
                 hidden = torch.cat([hidden[:, :class_token], features[None]], dim=1)
         return hidden
 
@@ -350,10 +467,25 @@ class VisionSite:
         encoding = self._current.get()
         if encoding is None:
             return None
-        rows = []
-        for number, features in enumerate(args[0]):
-            for step in self.steps:
-                if isinstance(step, AtEncoderOutput):
-                    features = self._select(encoding, number, step, "encoder output", features)
-            rows.append(features)
-        return (pad_sequence(rows, batch_first=True),)
+        steps = [step for step in self.steps if isinstance(step, AtEncoderOutput)]
+        sequences = list(args[0])
+        shortened = AtEncoder in self.family.sites
+        for tile in encoding.tiles:
+            if not len(tile.index):
+                continue
+            number = tile.tile.sequence - encoding.first
+            features = sequences[number] if shortened else sequences[number][tile.patches]
+            patches = tile.patches
+            for step in steps:
+                _, features = self._select(encoding, tile, step, "encoder output", features)
+            if shortened:
+                sequences[number] = features
+            else:  # the model packs whole tiles: rows stand where their tokens did, and nobody reads the others
+                sequences[number] = sequences[number].clone()
+                sequences[number][patches[tile.places()]] = features
+        return (pad_sequence(sequences, batch_first=True),)
+
+
+def _checksum(pixels: Tensor) -> int:
+    """The same for the same pixels in every batch."""
+    return zlib.crc32(pixels.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())

@@ -4,29 +4,90 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tokenreduce.reducer import Geometry, Grid, Step
 
 Inputs = Mapping[str, Any]
 """The keyword arguments of a model call, as a processor made them."""
 
+Modality = Literal["image", "video"]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A rectangle of visual tokens within which the vision encoder attends: an image, a tile of one, or a frame.
+
+    grid:     its layout.
+    patches:  ``(tokens,)`` long, or ``(tokens, group)`` where the projector makes one token of several patches: where
+              its patches stand in its encoder sequence, a class token not counted.
+    sequence: which of the encoder's sequences of its modality it is, in the order of the call.
+    extent:   its stretch of that sequence where one sequence holds several tiles; None where it has it to itself.
+    encoded:  how many patches the encoder's sequence, or stretch of it, has.
+    """
+
+    grid: Grid
+    patches: Tensor
+    sequence: int
+    extent: slice | None
+    encoded: int
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image or video of a call.
+
+    modality: which of the two.
+    tiles:    what it consists of.
+    tokens:   ``(placeholders,)`` long, the visual token, counted through all tiles, that each of its placeholders in
+              the prompt stands for; -1 for a special one, such as a newline or a class token.
+    lines:    ``(placeholders,)`` long, the line that each placeholder belongs to: a special one stays while a visual
+              token of its line does.
+    pixels:   its own pixels.
+    """
+
+    modality: Modality
+    tiles: tuple[Tile, ...]
+    tokens: Tensor
+    lines: Tensor
+    pixels: Tensor
+
+    @classmethod
+    def plain(cls, grid: Grid, pixels: Tensor, sequence: int) -> Picture:
+        """An image of one tile, every token of which is one patch and has one placeholder, in raster order."""
+        places = torch.arange(len(grid))
+        tile = Tile(grid, places, sequence, None, len(grid))
+        return cls("image", (tile,), places, torch.zeros_like(places), pixels)
+
 
 class ModelFamily(ABC):
     """Where a model's visual tokens, layers and packing are. One instance serves one model; subclasses hold no other
     state.
 
-    ``classes`` names the transformers classes of the family and ``sites`` the kinds of step that it can host.
+    classes:  the transformers classes of the family.
+    sites:    the kinds of step that it can host.
+    unhosted: for a kind that it cannot host, the reason, as the end of a sentence.
     """
 
     classes: ClassVar[tuple[str, ...]]
     sites: ClassVar[tuple[type[Step], ...]]
+    unhosted: ClassVar[Mapping[type[Step], str]] = {}
+
+    first_position: ClassVar[int] = 0
+    """The position id that a forward call without any gives a prompt's first token."""
+    counts_padding: ClassVar[bool] = True
+    """Whether such a call gives padding positions of its own, as most models do."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
+
+    # What a model of the family is.
 
     @property
     @abstractmethod
@@ -34,60 +95,82 @@ class ModelFamily(ABC):
         """Depths, and whether the encoder has a class token."""
 
     @property
-    @abstractmethod
-    def placeholder(self) -> int:
+    def placeholders(self) -> Mapping[Modality, int]:
         """The token id that stands for a visual token in ``input_ids``."""
+        return {"image": self.model.config.image_token_id}
 
     @property
-    @abstractmethod
     def vision_inputs(self) -> tuple[str, ...]:
         """The names of the inputs that describe pictures; the language model never sees them."""
-
-    @abstractmethod
-    def grids(self, inputs: Inputs) -> list[Grid]:
-        """The layout of every image in the call, in the order of the prompts."""
+        return ("pixel_values",)
 
     @property
-    @abstractmethod
     def decoder(self) -> nn.Module:
         """The language model's stack: the module that holds ``layers``, ``norm`` and ``rotary_emb``."""
+        return self.model.base_model.language_model
 
     @property
-    @abstractmethod
     def projector(self) -> nn.Module:
-        """The module that takes the encoder's features ``(images, tokens, dim)`` to the language model's width."""
+        """The module that takes the encoder's features ``(sequences, tokens, dim)`` to the language model's width."""
+        return self.model.base_model.multi_modal_projector
 
     @abstractmethod
-    def encoder_layers(self) -> Sequence[Any]:
+    def encoder_layers(self, modality: Modality = "image") -> Sequence[nn.Module]:
         """The vision encoder's layers."""
 
-    @abstractmethod
-    def encoder_attention(self) -> Sequence[nn.Module]:
-        """The vision encoder's self-attention modules, one a layer."""
+    def encoder_attention(self, modality: Modality = "image") -> Sequence[nn.Module]:
+        """The vision encoder's self-attention modules, one a layer.
+
+        Where a layer's attention does not reach over its whole tile, a near one's that does stands in for it.
+        """
+        layers: Sequence[Any] = self.encoder_layers(modality)
+        return [layer.self_attn for layer in layers]
 
     @abstractmethod
-    def encode(self, inputs: Inputs) -> Sequence[Tensor]:
-        """The projected features of every image, ``(tokens, dim)`` each."""
+    def vision_flops(self, patches: int) -> float:
+        """FLOPs of the vision tower and the projector for one encoder sequence of ``patches`` patches."""
+
+    # What a call brings, and what becomes of it.
 
     @abstractmethod
-    def some(self, inputs: Inputs, images: slice) -> Inputs:
-        """The vision inputs of some of the images alone."""
+    def pictures(self, inputs: Inputs) -> list[Picture]:
+        """Every image of the call, and then every video, each in the order of the prompts."""
 
     @abstractmethod
-    def fingerprint(self, inputs: Inputs, index: int) -> int:
-        """A checksum of one image's pixels: the same in every batch."""
+    def encode(self, inputs: Inputs, modality: Modality = "image") -> list[tuple[Tensor, ...]]:
+        """For every picture of a modality what stands at its placeholders: the projected features ``(placeholders,
+        dim)``, and behind them those that deeper layers add, where the family has such.
+
+        Fewer rows where a step inside the encoder or at its output took some away.
+        """
 
     @abstractmethod
+    def some(self, inputs: Inputs, pictures: slice, modality: Modality = "image") -> Inputs:
+        """The vision inputs of some of a modality's pictures alone."""
+
+    def blocks(self, inputs: Inputs) -> Tensor | None:
+        """``(rows, length)`` long: tokens of the same block see one another both ways, -1 for those that are in none;
+        None where every token sees those before it alone."""
+        return None
+
     def resize(self, inputs: Inputs, grids: Sequence[Grid]) -> Inputs:
-        """The vision inputs with every image made smaller, so that it gives the grid asked for."""
+        """The vision inputs with every image made smaller, so that it gives the grid asked for. Asked for only where
+        steps at the input are hosted."""
+        raise NotImplementedError
 
-    @abstractmethod
-    def vision_flops(self, tokens: int) -> float:
-        """FLOPs of the vision tower and the projector for a picture that gives ``tokens`` visual tokens."""
+    def outputs(self, rows: Sequence[Sequence[Tensor]]) -> BaseModelOutputWithPooling:
+        """One modality's features in the output that ``generate`` passes on, an entry for every prompt: for each level
+        that :meth:`encode` gives, the rows' features."""
+        return BaseModelOutputWithPooling(pooler_output=list(rows[0]))
 
-    def positions(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """The position ids that the model gives a prompt, last dimension the sequence; 0 at padding."""
-        return (attention_mask.long().cumsum(-1) - 1).masked_fill(attention_mask == 0, 0)
+    def contained(self, features: list[Tensor], modality: Modality) -> Any:
+        """The entries of all prompts in the container that the model's forward call expects."""
+        return features
+
+    def positions(self, inputs: Inputs) -> Tensor:
+        """The position ids that ``generate`` gives the prompts, last dimension the sequence; 0 at padding."""
+        mask = inputs["attention_mask"]
+        return (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)
 
 
 def family_of(model: PreTrainedModel, families: Mapping[str, type[ModelFamily]]) -> ModelFamily:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from tokenreduce.flops import encoder_layer_flops
-from tokenreduce.models.family import Inputs, ModelFamily
+from tokenreduce.models.family import Inputs, Modality, ModelFamily, Picture
+from tokenreduce.models.towers import clip_layers, tower_flops
 from tokenreduce.reducer import AtDecoder, AtEncoder, AtEncoderOutput, AtInput, AtProjector, Geometry, Grid
 
 
@@ -44,48 +41,28 @@ class Llava(ModelFamily):
             decoder_layers=config.text_config.num_hidden_layers,
             feature_layer=last % (depth + 1) - 1,  # hidden state 0 is the first layer's input
             class_token=config.vision_config.model_type == "clip_vision_model",
+            tokens=(config.vision_config.image_size // config.vision_config.patch_size) ** 2,
         )
 
-    @property
-    def placeholder(self) -> int:
-        return self.model.config.image_token_id
-
-    @property
-    def vision_inputs(self) -> tuple[str, ...]:
-        return ("pixel_values",)
-
-    def grids(self, inputs: Inputs) -> list[Grid]:
-        images, _, height, width = inputs["pixel_values"].shape
+    def pictures(self, inputs: Inputs) -> list[Picture]:
         patch = self.model.config.vision_config.patch_size
-        return [Grid(height // patch, width // patch)] * images
+        return [
+            Picture.plain(Grid(pixels.shape[-2] // patch, pixels.shape[-1] // patch), pixels, number)
+            for number, pixels in enumerate(inputs["pixel_values"])
+        ]
 
-    @property
-    def decoder(self) -> nn.Module:
-        return self.model.base_model.language_model
+    def encoder_layers(self, modality: Modality = "image") -> Sequence[nn.Module]:
+        return clip_layers(self.model.base_model.vision_tower)
 
-    @property
-    def projector(self) -> nn.Module:
-        return self.model.base_model.multi_modal_projector
-
-    def encoder_layers(self) -> Sequence[Any]:
-        modules = self.model.base_model.vision_tower.named_modules()
-        return next(module for name, module in modules if name.endswith("encoder.layers"))
-
-    def encoder_attention(self) -> Sequence[nn.Module]:
-        return [layer.self_attn for layer in self.encoder_layers()]
-
-    def encode(self, inputs: Inputs) -> Sequence[Tensor]:
+    def encode(self, inputs: Inputs, modality: Modality = "image") -> list[tuple[Tensor, ...]]:
         pixels = inputs["pixel_values"]
         size = self.model.config.vision_config.image_size
         options = {} if pixels.shape[-2:] == (size, size) else {"interpolate_pos_encoding": True}
-        return self.model.base_model.get_image_features(pixel_values=pixels, return_dict=True, **options).pooler_output
+        encoded = self.model.base_model.get_image_features(pixel_values=pixels, return_dict=True, **options)
+        return [(features,) for features in encoded.pooler_output]
 
-    def some(self, inputs: Inputs, images: slice) -> Inputs:
-        return {"pixel_values": inputs["pixel_values"][images]}
-
-    def fingerprint(self, inputs: Inputs, index: int) -> int:
-        pixels = inputs["pixel_values"][index].detach().cpu().contiguous()
-        return zlib.crc32(pixels.view(torch.uint8).numpy())
+    def some(self, inputs: Inputs, pictures: slice, modality: Modality = "image") -> Inputs:
+        return {"pixel_values": inputs["pixel_values"][pictures]}
 
     def resize(self, inputs: Inputs, grids: Sequence[Grid]) -> Inputs:
         patch = self.model.config.vision_config.patch_size
@@ -95,11 +72,9 @@ class Llava(ModelFamily):
         )
         return {"pixel_values": smaller.to(pixels.dtype)}
 
-    def vision_flops(self, tokens: int) -> float:
+    def vision_flops(self, patches: int) -> float:
         config = self.model.config
-        vision, width = config.vision_config, config.text_config.hidden_size
-        sequence = tokens + int(self.geometry.class_token)
-        embedding = 2 * tokens * vision.num_channels * vision.patch_size**2 * vision.hidden_size
-        layers = vision.num_hidden_layers * encoder_layer_flops(sequence, vision)
-        features = self.model.model.multi_modal_projector.linear_1.in_features
-        return embedding + layers + 2 * tokens * width * (features + width)
+        features = self.model.base_model.multi_modal_projector.linear_1.in_features
+        width = config.text_config.hidden_size
+        tower = tower_flops(patches, config.vision_config, int(self.geometry.class_token))
+        return tower + 2 * patches * width * (features + width)

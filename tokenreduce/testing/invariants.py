@@ -6,7 +6,8 @@ wrong. :func:`check_reducer` runs them all.
 
 from __future__ import annotations
 
-import itertools
+import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,8 +17,9 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from tokenreduce.attach import Attachment, reduce_tokens
+from tokenreduce.attach.decoder import sliding_window
 from tokenreduce.attach.vision import StepReduction, VisionSite
-from tokenreduce.models.family import family_of
+from tokenreduce.models.family import ModelFamily, family_of
 from tokenreduce.reducer import (
     AtDecoder,
     AtInput,
@@ -129,13 +131,18 @@ def counts_are_exact(reducer: TokenReducer, model: PreTrainedModel, inputs: Inpu
                 left = len(done.index)
                 if isinstance(step, AtInput) and left:
                     grid, entered = grid.fit(left), left
-        left = sample.entering
-        for number in inside:
+        left, text = sample.entering, sample.lengths[0] - sample.entering
+        for place, number in enumerate(inside):
+            layers = [layer_index(steps[each].layer, geometry.decoder_layers) for each in inside[place:]]  # type: ignore[attr-defined]
+            promised = None
             if left:
                 grids = tuple(image.grid for image in sample.images)
                 promised = reducer.count(steps[number], Span(geometry, grids, sample.entering, left))
-                left = sum(len(image.steps[number].index) for image in sample.images)
-                _check_count(reducer, promised, left)
+            if len(layers) > 1 and layers[0] == layers[1]:  # the layer saw what a later step left
+                left = left if promised is None else promised
+                continue
+            left = sample.lengths[layers[0]] - text
+            _check_count(reducer, promised, left)
     for layer, entry in enumerate(cache.layers):
         longest = max(sample.lengths[layer] for sample in attachment.samples)
         if entry.get_seq_length() != longest:
@@ -194,14 +201,14 @@ def dropping_equals_masking(reducer: TokenReducer, model: PreTrainedModel, input
         reduced = _logits(model, inputs)
         if not attachment.drops_only:
             return
-        rows = _places(attachment)
+        prompt = attachment.prompt
     ids, mask = inputs["input_ids"], inputs["attention_mask"].clone()
-    positions = attachment.family.positions(ids, mask)
-    for row, kept in enumerate(rows):
-        placeholders = (ids[row] == attachment.family.placeholder).nonzero()[:, 0]
-        dropped = torch.ones(len(placeholders), dtype=torch.bool, device=ids.device)
-        dropped[kept] = False
-        mask[row, placeholders[dropped]] = 0
+    if prompt is None or _window(attachment.family) < ids.shape[1]:
+        return  # a window counts the tokens that are left, so dropping brings more of them into it than masking does
+    positions = attachment.family.positions(inputs)
+    for row, visual in enumerate(attachment.visual(ids)):
+        visual[prompt.columns[row]] = False
+        mask[row, visual] = 0
     masked = _logits(model, {**inputs, "attention_mask": mask, "position_ids": positions})
     _close(masked, reduced, "logits against the masked full-length model")
 
@@ -258,30 +265,27 @@ def _generate(model: PreTrainedModel, inputs: Inputs) -> Tensor:
 def _positioned(inputs: Inputs, attachment: Attachment) -> dict[str, Any]:
     """The inputs with the position ids that every prompt has alone. A forward call without any counts padding, which
     turns the keys that a reducer may look at."""
-    positions = attachment.family.positions(inputs["input_ids"], inputs["attention_mask"])
+    positions = attachment.family.positions(inputs)
     return {**inputs, "position_ids": positions}
 
 
 def _rows(inputs: Inputs, attachment: Attachment) -> Iterator[dict[str, Any]]:
     """Every sample as a batch of one, without padding."""
-    image = 0
-    for row, sample in enumerate(attachment.samples):
+    family, shape = attachment.family, inputs["input_ids"].shape
+    pictures = family.pictures(inputs) if any(name in inputs for name in family.vision_inputs) else []
+    first = {modality: 0 for modality in family.placeholders}
+    for row, own in enumerate(attachment.rows(inputs, pictures)):
         valid = inputs["attention_mask"][row].bool()
-        single = {"input_ids": inputs["input_ids"][row, valid][None], "attention_mask": valid[valid][None].long()}
-        if count := len(sample.images):
-            single["pixel_values"] = inputs["pixel_values"][image : image + count]
-            image += count
+        single = {
+            name: value[row, valid][None]
+            for name, value in inputs.items()
+            if isinstance(value, Tensor) and value.shape == shape
+        }
+        for modality, start in first.items():
+            if count := sum(pictures[number].modality == modality for number, _ in own):
+                first[modality] = start + count
+                single |= family.some(inputs, slice(start, start + count), modality)
         yield single
-
-
-def _places(attachment: Attachment) -> list[Tensor]:
-    """For every sample, the places among its placeholders that stay."""
-    rows = []
-    for sample in attachment.samples:
-        offsets = itertools.accumulate((len(image.grid) for image in sample.images), initial=0)
-        kept = [offset + place for image, offset in zip(sample.images, offsets, strict=False) for place in image.kept]
-        rows.append(torch.tensor(kept, dtype=torch.long))
-    return rows
 
 
 def _literal(model: PreTrainedModel, single: Inputs, reducer: TokenReducer) -> Tensor:
@@ -290,62 +294,105 @@ def _literal(model: PreTrainedModel, single: Inputs, reducer: TokenReducer) -> T
     with reduce_tokens(model, _Recorded(inner=reducer, log=log)) as attachment:
         _logits(model, single)
     inside = [(step, selection) for step, selection in log if isinstance(step, AtDecoder)]
-    site = VisionSite(reducer, attachment.family)
-    images = []
-    if "pixel_values" in single:
-        with site.installed(), torch.no_grad():
-            images = site.reduce(single)
-    ids, placeholder = single["input_ids"][0], attachment.family.placeholder
-    visual: list[int] = []
-    embeddings, positions, column = [], [], 0
-    while column < len(ids):
-        if ids[column] != placeholder:
-            embeddings.append(model.get_input_embeddings()(ids[column])[None])
-            positions.append(column)
-            column += 1
-            continue
-        image = images.pop(0)
-        if image.features is not None:
-            embeddings.append(image.features)
-        visual += range(len(positions), len(positions) + len(image.index))
-        positions += [column + place for place in image.placeholders().tolist()]
-        column += len(image.grid)
-    before = [step for step in _steps(reducer, model) if not isinstance(step, AtDecoder)]
-    if before and reducer.positions_after(before[-1]) == "compact":
-        positions = list(range(len(positions)))
-    whole = list(positions)
-    decoder: Any = attachment.family.decoder
+    family, ids = attachment.family, single["input_ids"][0]
+    decoder: Any = family.decoder
+    order, visual, levels = _entering(attachment, reducer, single)
+    text_ids = ids.masked_fill(attachment.visual(ids), 0)
+    compact = any(type(step) is not AtDecoder for step in _steps(reducer, model)) and _compact(reducer, model)
+    positions = family.positions(single)[..., 0, :] + family.first_position
+    positions = positions[..., order].reshape(-1, len(order))[-3:]  # three rows where positions are in space and time
+    if compact:
+        positions = torch.arange(len(order))[None] + family.first_position
+    first, columns = int(positions.min()), torch.arange(len(order))
+    blocks = family.blocks(single)
+    blocks = None if blocks is None else blocks[0, order]
     with torch.no_grad():
-        hidden = torch.cat(embeddings)[None]
+        hidden = model.get_input_embeddings()(text_ids[order])[None]
+        if levels:
+            hidden[0, visual] = levels[0].to(hidden.dtype)
+        deeper = [torch.zeros_like(hidden) for _ in levels[1:]]
+        for added, level in zip(deeper, levels[1:], strict=True):
+            added[0, visual] = level
         for number, layer in enumerate(decoder.layers):
             for step, selection in inside:
                 if layer_index(step.layer, len(decoder.layers)) != number:
                     continue
                 rows = hidden[0, visual][selection.index] if selection.features is None else selection.features
                 kept = [visual[place] for place in sorted(selection.index.tolist())]
-                stays = [slot for slot in range(len(positions)) if slot not in visual or slot in kept]
+                stays = [slot for slot in range(len(columns)) if slot not in visual or slot in kept]
                 hidden[0, kept] = rows
-                hidden, positions = hidden[:, stays], [positions[slot] for slot in stays]
+                hidden, columns, positions = hidden[:, stays], columns[stays], positions[:, stays]
+                deeper = [added[:, stays] for added in deeper]
+                blocks = None if blocks is None else blocks[stays]
                 if reducer.positions_after(step) == "compact":
-                    positions = whole[: len(positions)]
+                    positions = first + torch.arange(len(columns))[None]
                 visual = [stays.index(slot) for slot in kept]
-            places = torch.tensor([positions], device=hidden.device)
+            kind = _kind(decoder, number)
+            places = positions[:, None] if len(positions) > 1 else positions
             hidden = layer(
                 hidden,
-                attention_mask=_triangle(hidden, decoder.config._attn_implementation),
-                position_ids=places,
-                position_embeddings=decoder.rotary_emb(hidden, places),
+                attention_mask=_sight(decoder, number, columns, blocks, hidden.dtype),
+                position_ids=positions[:1],
+                position_embeddings=decoder.rotary_emb(hidden, places, *([kind] if _takes_kind(decoder) else [])),
             )
+            if number < len(deeper):
+                hidden = hidden + deeper[number]
         return model.lm_head(decoder.norm(hidden)[0, -1])
 
 
-def _triangle(hidden: Tensor, kernel: str) -> Tensor | None:
-    """The causal mask where the attention kernel needs one to be given."""
-    if kernel != "eager":
+def _entering(attachment: Attachment, reducer: TokenReducer, single: Inputs) -> tuple[Tensor, list[int], list[Tensor]]:
+    """What enters the language model: for every slot the column of the prompt that it stands for, the slots of visual
+    tokens, and for every level of features those tokens' own."""
+    family, ids = attachment.family, single["input_ids"]
+    reduced = []
+    if any(name in single for name in family.vision_inputs):
+        site = VisionSite(reducer, family)
+        with site.installed(), torch.no_grad():
+            reduced = site.reduce(single)
+    (row,) = attachment.rows(single, [each.picture for each in reduced])
+    left = [(columns, *reduced[number].left()) for number, columns in row]
+    chosen = [int(column) for columns, places, _, _ in left for column in columns[places]]
+    text = (~attachment.visual(ids)[0]).nonzero()[:, 0].tolist()
+    slots = sorted(text + chosen)
+    visual = [slot for slot, column in enumerate(slots) if column in set(chosen)]
+    for slot, column in zip(visual, chosen, strict=True):
+        slots[slot] = column
+    levels = [torch.cat(level) for level in zip(*(features for *_, features in left if features), strict=True)]
+    return torch.tensor(slots), visual, levels
+
+
+def _compact(reducer: TokenReducer, model: PreTrainedModel) -> bool:
+    before = [step for step in _steps(reducer, model) if not isinstance(step, AtDecoder)]
+    return reducer.positions_after(before[-1]) == "compact"
+
+
+def _kind(decoder: Any, number: int) -> str:
+    return (getattr(decoder.config, "layer_types", None) or ["full_attention"] * len(decoder.layers))[number]
+
+
+def _takes_kind(decoder: Any) -> bool:
+    return "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters
+
+
+def _window(family: ModelFamily) -> float:
+    """How far back the layers with the shortest sight see."""
+    windows = [sliding_window(family.decoder, number) for number in range(family.geometry.decoder_layers)]
+    return min((window for window in windows if window is not None), default=math.inf)
+
+
+def _sight(decoder: Any, number: int, columns: Tensor, blocks: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """What each of the slots may see in a layer, as its attention kernel wants it: ``(1, 1, n, n)``."""
+    allowed = torch.ones(len(columns), len(columns), dtype=torch.bool).tril()
+    eager = decoder.config._attn_implementation == "eager"
+    if blocks is not None:
+        allowed = allowed | ((blocks[:, None] == blocks[None]) & (blocks[None] >= 0))
+    if (window := sliding_window(decoder, number)) is not None:
+        allowed = allowed & (columns[:, None] - columns[None] < window)
+    elif blocks is None and not eager:
         return None
-    length = hidden.shape[1]
-    refused = torch.ones(length, length, dtype=torch.bool, device=hidden.device).triu(1)
-    return torch.zeros_like(refused, dtype=hidden.dtype).masked_fill(refused, torch.finfo(hidden.dtype).min)[None, None]
+    if not eager:
+        return allowed[None, None]
+    return torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)[None, None]
 
 
 def _steps(reducer: TokenReducer, model: PreTrainedModel) -> Sequence[Step]:
