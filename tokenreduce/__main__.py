@@ -28,7 +28,7 @@ from tokenreduce.evaluation import read_metrics
 from tokenreduce.evaluation.processes import Processes, dismiss, launched
 from tokenreduce.job import plain_console, run
 from tokenreduce.reporting.table import overview
-from tokenreduce.sweep import Marks, Outcome, failures, marks, outcomes_since
+from tokenreduce.sweep import Marks, Outcome, marks, outcomes_since, varied
 
 SUCCESS, BAD_INPUT, INTERRUPTED = 0, 2, 130
 
@@ -36,7 +36,6 @@ SUCCESS, BAD_INPUT, INTERRUPTED = 0, 2, 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command with these arguments, by default the process's own, and return its exit status."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    transformers.utils.logging.disable_progress_bar()
     processes = launched()
     try:
         with _plain_warnings(processes), _reported(processes):
@@ -50,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def job(config: DictConfig) -> None:
     """One job, in whatever process Hydra's launcher starts it."""
+    transformers.utils.logging.disable_progress_bar()
     processes, sweep = launched(), sweep_place()
     if sweep is not None:
         _run_in_sweep(config, processes, sweep)
@@ -108,11 +108,13 @@ def _conclude(sweep: Path, outcomes: Sequence[Outcome]) -> bool:
         console.print()
         console.print(overview(comparisons))
         console.print()
-    for outcome in failures(outcomes):
-        print(f"failed    job {outcome.number}: {' '.join(outcome.overrides)}: {outcome.error}", file=sys.stderr)
-    if failed := len(failures(outcomes)):
-        print(f"{failed} of {len(outcomes)} jobs failed; the same command tries them again", file=sys.stderr)
-    return bool(failed)
+    names = varied(outcomes)
+    failures = [f"{names[each.number]}: {each.error}" for each in outcomes if each.error is not None]
+    for failure in failures:
+        print(f"{'failed':<9} {failure}", file=sys.stderr)
+    if failures:
+        print(f"{len(failures)} of {len(outcomes)} jobs failed; the same command tries them again", file=sys.stderr)
+    return bool(failures)
 
 
 _USERS_ERRORS = (ValueError, TypeError, OSError)

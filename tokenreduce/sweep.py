@@ -6,7 +6,7 @@ Each job leaves a file, since jobs may run in other processes, or on other machi
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -45,9 +45,13 @@ def outcomes_since(sweep: Path, before: Marks) -> list[Outcome]:
     return sorted(map(_read, paths), key=lambda outcome: outcome.number)
 
 
-def failures(outcomes: Iterable[Outcome]) -> list[Outcome]:
-    """Those without a run."""
-    return [outcome for outcome in outcomes if outcome.error is not None]
+def varied(outcomes: Sequence[Outcome]) -> dict[int, str]:
+    """What tells each job from the others, by its number."""
+    common = set.intersection(*(set(outcome.overrides) for outcome in outcomes)) if len(outcomes) > 1 else set()
+    return {
+        outcome.number: " ".join(override for override in outcome.overrides if override not in common)
+        for outcome in outcomes
+    }
 
 
 def _folder(sweep: Path) -> Path:
