@@ -60,6 +60,10 @@ class TabularBenchmark(Benchmark):
         if self.shuffle is not None and self.shuffle < 0:
             raise ValueError(f"shuffle={self.shuffle} is negative; it is a seed, or null for the rows as they come")
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The settings alone: where it is sent to, rows are read again."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
     @abstractmethod
     def _load(self) -> Sequence[Row]:
         """The rows; read when they are first needed."""

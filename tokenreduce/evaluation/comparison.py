@@ -11,7 +11,8 @@ always measured anew, side by side. The result is ``metrics.json``, which needs 
   compared), by ``categories``; ``errors`` counts the others and ``failed`` lists them.
 - ``methods``: one row each for ``unreduced``, ``reducer`` and ``random``, in this order. The second is absent where the
   reducer is ``none``, the third where nothing was dropped or no draws were asked for. An estimate is ``value``, ``low``
-  and ``high``; counts, FLOPs and bytes are means over samples, times are seconds.
+  and ``high``; counts, FLOPs and bytes are means over samples, times are seconds. ``measures`` are the benchmark's own
+  figures of all answers together, by name, in its units.
 """
 
 from __future__ import annotations
@@ -230,7 +231,9 @@ class Comparer:
             "budget": _spent(solution),
             "benchmark": self.describe_benchmark(methods),
             "methods": {
-                key: _row(key, methods, self.answered(methods), times.get(key), memory.get(key)) for key in methods
+                key: _row(key, methods, self.answered(methods), times.get(key), memory.get(key))
+                | {"measures": self._measures(key, methods)}
+                for key in methods
             },
             "settings": self._settings.described(),
         }
@@ -277,6 +280,29 @@ class Comparer:
             "categories": dict(Counter(sample.category for sample in answered)),
             "errors": len(self._by_id) - len(answered),
             "failed": list({failure["id"]: failure for failure in failed}.values()),
+        }
+
+    def _measures(self, key: str, methods: Mapping[str, Method]) -> dict[str, Any]:
+        """What the benchmark computes of all answers together, and its difference to the unreduced model's."""
+        answered = self.answered(methods)
+
+        def of(method: Method, samples: Sequence[Sample]) -> dict[str, float]:
+            answers = [[run.records[sample.id].answer or "" for sample in samples] for run in method.runs]
+            each = [self._benchmark.measures(given, samples) for given in answers]
+            return {name: sum(run[name] for run in each) / len(each) for name in each[0]}
+
+        def figures(places: Sequence[int]) -> dict[tuple[str, bool], float]:
+            samples = [answered[place] for place in places]
+            now, before = of(methods[key], samples), of(methods[UNREDUCED], samples)
+            values = {(name, False): value for name, value in now.items()}
+            return values | {(name, True): value - before[name] for name, value in now.items()}
+
+        estimates = statistics.jackknife(figures, [sample.image_id for sample in answered])
+        return {
+            name: asdict(estimate)
+            | {"difference_to_unreduced": None if key == UNREDUCED else asdict(estimates[name, True])}
+            for (name, difference), estimate in estimates.items()
+            if not difference
         }
 
     def measured(self, methods: Mapping[str, Method]) -> tuple[dict[str, Any], dict[str, int | None]]:

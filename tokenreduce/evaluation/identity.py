@@ -10,7 +10,6 @@ import hashlib
 import inspect
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, is_dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -32,6 +31,8 @@ _CORE = (
     "flops.py",
     "attach",
     "models",
+    "benchmarks/scoring.py",
+    "benchmarks/tabular.py",
     "evaluation/costs.py",
     "evaluation/prompts.py",
     "evaluation/run.py",
@@ -83,10 +84,9 @@ def reducer_identity(reducer: TokenReducer) -> dict[str, Any]:
 
 def benchmark_identity(benchmark: Benchmark) -> dict[str, Any]:
     """The benchmark's class, its settings, a digest of its source, and its data's own fingerprint."""
-    knobs: dict[str, Any] = asdict(benchmark) if is_dataclass(benchmark) else {}
     return {
         "class": _qualified(type(benchmark)),
-        "knobs": knobs,
+        "knobs": benchmark.knobs(),
         "source": source_digest(type(benchmark)),
         "data": benchmark.fingerprint(),
     }

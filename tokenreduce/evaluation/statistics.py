@@ -8,14 +8,18 @@ with a bootstrap that draws whole images (the tests hold it to scipy's), and nee
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
+Name = TypeVar("Name", bound=Hashable)
+
 CONFIDENCE = 0.95
+JACKKNIFE_GROUPS = 20
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,32 @@ def holm(p_values: Sequence[float]) -> list[float]:
     corrected = np.empty(len(order))
     corrected[order] = np.maximum.accumulate(np.asarray(p_values)[order] * np.arange(len(order), 0, -1))
     return [float(each) for each in np.minimum(corrected, 1)]
+
+
+def jackknife(
+    figures: Callable[[Sequence[int]], Mapping[Name, float]], clusters: Sequence[str]
+) -> dict[Name, Estimate]:
+    """Figures of all samples together that are no mean over them, such as F1, with their intervals.
+
+    ``figures`` takes the places of samples. Intervals are the delete-a-group jackknife's: images are dealt into twenty
+    groups, and the figures computed without each one (Kott, Journal of Official Statistics 17 (2001), 521-526).
+    """
+    whole = figures(range(len(clusters)))
+    images = {name: place for place, name in enumerate(dict.fromkeys(clusters))}
+    groups = min(JACKKNIFE_GROUPS, len(images))
+    if groups < 2 or not whole:
+        return {name: Estimate(value) for name, value in whole.items()}
+    group = [images[name] % groups for name in clusters]
+    parts = [figures([place for place, one in enumerate(group) if one != left_out]) for left_out in range(groups)]
+    estimates = {}
+    for name, value in whole.items():
+        if any(name not in part for part in parts):
+            estimates[name] = Estimate(value)
+            continue
+        spread = sum((part[name] - value) ** 2 for part in parts)
+        half = float(stats.t.ppf((1 + CONFIDENCE) / 2, groups - 1) * np.sqrt((groups - 1) / groups * spread))
+        estimates[name] = Estimate(value, value - half, value + half)
+    return estimates
 
 
 def ratio_of_medians(numerator: ArrayLike, denominator: ArrayLike, *, resamples: int = 2000, seed: int = 0) -> Estimate:

@@ -19,7 +19,7 @@ NOT_MEASURED = "n/a"
 
 def report(metrics: Metrics) -> RenderableType:
     """Everything that a run prints at its end."""
-    return Group(results(metrics), categories(metrics), footnote(metrics))
+    return Group(results(metrics), categories(metrics), *measures(metrics), footnote(metrics))
 
 
 def results(metrics: Metrics) -> Table:
@@ -78,6 +78,19 @@ def categories(metrics: Metrics) -> Table:
     return table
 
 
+def measures(metrics: Metrics) -> list[Table]:
+    """What the benchmark computes of all answers together, in its own units; no table where it computes nothing."""
+    names = list(metrics["methods"][UNREDUCED].get("measures", {}))
+    if not names:
+        return []
+    table = _table(metrics["benchmark"]["name"])
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    for key, method in metrics["methods"].items():
+        table.add_row(_name(key, method), *(_measure(method["measures"][name]) for name in names))
+    return [table]
+
+
 def footnote(metrics: Metrics) -> Text:
     """What the figures are about."""
     benchmark = metrics["benchmark"]
@@ -120,11 +133,15 @@ def _name(key: str, method: Mapping[str, Any]) -> Text:
 
 
 def _score(estimate: Mapping[str, float | None]) -> str:
+    return _measure({bound: None if value is None else 100 * value for bound, value in estimate.items()})
+
+
+def _measure(estimate: Mapping[str, Any]) -> str:
     value, low, high = estimate["value"], estimate["low"], estimate["high"]
     if value is None:
         return NOT_MEASURED
-    half = "" if low is None or high is None else f" ±{100 * max(high - value, value - low):4.1f}"
-    return f"{100 * value:.1f}{half}"
+    half = "" if low is None or high is None else f" ±{max(high - value, value - low):4.1f}"
+    return f"{value:.1f}{half}"
 
 
 def _difference(estimate: Mapping[str, float | None] | None) -> str:

@@ -1,0 +1,90 @@
+"""Images of one's own, as somebody runs them: the whole command, on a small checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tokenreduce import __main__ as command
+from tokenreduce.evaluation import read_metrics, read_records
+from tokenreduce.testing import tiny_llava
+from tokenreduce.testing.processors import tiny_processor
+
+QUICK = ("evaluation.random_seeds=1", "evaluation.timing_pairs=0", "evaluation.pictures=0", "tracking=none")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model = tiny_llava()
+    model.save_pretrained(folder)
+    tiny_processor(model, ["is", "it", "red", "yes", "no"]).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    lines = []
+    (tmp_path / "mine" / "images").mkdir(parents=True)
+    for number, color in enumerate(["red", "blue", "green"] * 2):
+        Image.new("RGB", (40, 40), color).save(tmp_path / "mine" / "images" / f"{number}.png")
+        answer = "yes" if color == "red" else "no"
+        lines.append({"image": f"{number}.png", "question": "is it red", "answer": answer, "category": color})
+    lines.append({"image": "lost.png", "question": "is it red", "answer": "no"})
+    (tmp_path / "mine" / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    return tmp_path / "mine"
+
+
+def test_a_folder_is_compared_like_any_benchmark(
+    folder: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    arguments = [
+        "benchmark=jsonl",
+        "benchmark.path=mine",
+        "benchmark.metric=yes_no",
+        f"model.path={checkpoint}",
+        *QUICK,
+    ]
+    assert command.main([*arguments, "reducer=pool", "reducer.keep=4"]) == 0
+    printed = capsys.readouterr().out
+    (run,) = Path("outputs").glob("pool-*")
+    metrics = read_metrics(run)
+    assert metrics["benchmark"]["categories"] == {"red": 2, "blue": 2, "green": 2}
+    assert metrics["benchmark"]["errors"] == 1
+    assert "No such file" in metrics["benchmark"]["failed"][0]["error"]
+    assert list(metrics["methods"]["reducer"]["measures"]) == ["F1", "precision", "recall", "yes"]
+    assert "F1" in printed and "1 samples without an answer" in printed
+    assert [record.id for record in read_records(run)] == [str(number) for number in range(1, 8)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["benchmark=jsonl"], "benchmark 'jsonl' needs a value for 'path': add benchmark.path=VALUE"),
+        (["benchmark=jsonl", "benchmark.path=nowhere"], "'nowhere': there is no such file or folder"),
+        (
+            ["benchmark=jsonl", "benchmark.path=mine", "benchmark.metric=vqua"],
+            "unknown metric 'vqua': did you mean 'vqa'?",
+        ),
+        (["benchmark=jsonl", "benchmark.path=mine", "benchmark.question_column=text"], "has no column 'text'"),
+        (["benchmark=hf", "benchmark.path=mine/images", "benchmark.split=dev"], "dev"),
+        (["benchmark=pop"], "unknown benchmark 'pop': did you mean 'pope'?"),
+    ],
+)
+def test_a_mistake_is_told_before_a_model_is_loaded(
+    folder: Path,
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    monkeypatch.setattr("tokenreduce.job.load", lambda *_, **__: pytest.fail("a model was loaded"))
+    assert command.main([*arguments, *QUICK]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error

@@ -1,0 +1,84 @@
+"""Figures that a benchmark computes of all answers together: in the metrics of every method, with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tokenreduce import create
+from tokenreduce.benchmarks.benchmark import Sample
+from tokenreduce.evaluation import Settings, compare, read_records, statistics
+from tokenreduce.evaluation.comparison import METRICS_SCHEMA
+from tokenreduce.reporting.table import measures
+
+
+def test_of_a_mean_the_jackknife_is_the_t_interval() -> None:
+    values = np.random.default_rng(0).normal(size=statistics.JACKKNIFE_GROUPS)
+    images = [str(number) for number in range(len(values))]
+    jackknife = statistics.jackknife(lambda places: {"mean": float(values[list(places)].mean())}, images)["mean"]
+    textbook = statistics.mean(values, images)
+    assert textbook is not None
+    assert (jackknife.value, jackknife.low, jackknife.high) == pytest.approx(
+        (textbook.value, textbook.low, textbook.high)
+    )
+
+
+def test_the_jackknife_leaves_out_whole_images() -> None:
+    """Two questions about each of many images, the second a copy of the first: an interval as if it were not there."""
+    values = np.random.default_rng(1).normal(size=400)
+    images = [str(number) for number in range(len(values))]
+
+    def interval(values: Sequence[float], images: Sequence[str]) -> tuple[float | None, float | None]:
+        found = statistics.jackknife(lambda places: {0: float(np.mean([values[place] for place in places]))}, images)
+        return found[0].low, found[0].high
+
+    assert interval([*values, *values], images * 2) == pytest.approx(interval(list(values), images))
+
+
+def test_one_image_and_a_figure_that_a_part_lacks_have_no_interval() -> None:
+    assert statistics.jackknife(lambda places: {"n": len(places)}, ["a", "a"]) == {"n": statistics.Estimate(2)}
+    lacking = statistics.jackknife(lambda places: {"first": 1.0} if 0 in places else {}, ["a", "b"])
+    assert lacking == {"first": statistics.Estimate(1)}
+    assert statistics.jackknife(lambda places: {}, ["a", "b"]) == {}
+
+
+def longest(self: Any, answers: Sequence[str], samples: Sequence[Sample]) -> dict[str, float]:
+    """How long the longest answer is, which is no mean."""
+    assert len(answers) == len(samples)
+    return {"longest": float(max(len(answer) for answer in answers))}
+
+
+def test_every_method_has_the_benchmarks_own_figures(
+    model: Any, processor: Any, cards: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cards, "measures", longest)
+    settings = Settings(tmp_path, batch_size=4, max_new_tokens=3, random_seeds=2, timing_pairs=0)
+    _, metrics = compare(model, processor, cards(count=12, broken=(1,)), create("pool", keep=4), settings)
+    assert metrics["schema"] == METRICS_SCHEMA
+    expected = {
+        key: [max(len(record.answer or "") for record in read_records(tmp_path / folder)) for folder in method["runs"]]
+        for key, method in metrics["methods"].items()
+    }
+    for key, method in metrics["methods"].items():
+        figure = method["measures"]["longest"]
+        assert figure["value"] == sum(expected[key]) / len(expected[key])
+        assert figure["low"] <= figure["value"] <= figure["high"]
+        if key == "unreduced":
+            assert figure["difference_to_unreduced"] is None
+        else:
+            difference = figure["difference_to_unreduced"]["value"]
+            assert difference == figure["value"] - expected["unreduced"][0]
+    (table,) = measures(metrics)
+    assert [column.header for column in table.columns][1:] == ["longest"]
+    assert table.row_count == 3
+
+
+def test_a_benchmark_without_figures_has_no_table(model: Any, processor: Any, cards: Any, tmp_path: Path) -> None:
+    settings = Settings(tmp_path, batch_size=4, max_new_tokens=1, random_seeds=0, timing_pairs=0)
+    _, metrics = compare(model, processor, cards(count=4), create("none"), settings)
+    assert metrics["methods"]["unreduced"]["measures"] == {}
+    assert measures(metrics) == []
