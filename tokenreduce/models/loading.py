@@ -10,9 +10,10 @@ import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
+from tokenreduce.models.processing import processor_of
 from tokenreduce.registry import MODELS
 
 EMBEDDED = "tiny"
@@ -48,7 +49,7 @@ def load(
         ) from error
     _check_supported(path, config)
     try:
-        processor = AutoProcessor.from_pretrained(source, backend="pil", **options)
+        processor = processor_of(source, **options)
         model = AutoModelForImageTextToText.from_pretrained(
             source, dtype=precision, attn_implementation=attention, **options
         )

@@ -1,0 +1,115 @@
+"""Idefics3 and SmolVLM: an image is cut into tiles of one size with tokens of text between them, and a square of
+patches makes one visual token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tokenreduce.models.family import Inputs, Modality, ModelFamily, Picture, Tile
+from tokenreduce.models.towers import tower_flops
+from tokenreduce.reducer import AtDecoder, AtEncoder, AtEncoderOutput, AtInput, AtProjector, Geometry, Grid, Step
+
+
+class Idefics3(ModelFamily):
+    """Idefics3 and SmolVLM. The last tile of an image that was cut up is the whole image; a video's frames are
+    images."""
+
+    classes = ("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration")
+    sites = (AtProjector, AtDecoder)
+    unhosted: ClassVar[Mapping[type[Step], str]] = {
+        AtInput: "its tiles have the vision tower's size",
+        AtEncoder: "its projector needs whole tiles",
+        AtEncoderOutput: "its projector makes one visual token of several patches",
+    }
+
+    @property
+    def geometry(self) -> Geometry:
+        config = self.model.config
+        side = config.vision_config.image_size // config.vision_config.patch_size // config.scale_factor
+        return Geometry(
+            encoder_layers=config.vision_config.num_hidden_layers,
+            decoder_layers=config.text_config.num_hidden_layers,
+            feature_layer=config.vision_config.num_hidden_layers - 1,
+            class_token=False,
+            tokens=side**2,
+        )
+
+    @property
+    def vision_inputs(self) -> tuple[str, ...]:
+        return ("pixel_values", "pixel_attention_mask")
+
+    @property
+    def decoder(self) -> nn.Module:
+        return self.model.base_model.text_model
+
+    @property
+    def projector(self) -> nn.Module:
+        return self.model.base_model.connector
+
+    def pictures(self, inputs: Inputs) -> list[Picture]:
+        config, pixels = self.model.config, inputs["pixel_values"]
+        side = pixels.shape[-1] // config.vision_config.patch_size
+        places = torch.arange(side * side).view(1, -1, 1)
+        patches = self.model.base_model.connector.pixel_shuffle(places, config.scale_factor)[0]
+        grid = Grid(side // config.scale_factor, side // config.scale_factor)
+        real = _real(pixels)
+        pictures, sequence = [], 0
+        for row, prompt in enumerate(inputs["input_ids"].cpu()):
+            own, first = pixels[row, real[row]], 0
+            for count in _tiles(prompt, config.image_token_id, len(grid)):
+                tiles = tuple(
+                    Tile(grid, patches, sequence + number, None, side * side) for number in range(first, first + count)
+                )
+                tokens = torch.arange(count * len(grid))
+                pictures.append(Picture("image", tiles, tokens, torch.zeros_like(tokens), own[first : first + count]))
+                first += count
+            sequence += len(own)
+        return pictures
+
+    def encoder_layers(self, modality: Modality = "image") -> Sequence[nn.Module]:
+        return self.model.base_model.vision_model.encoder.layers
+
+    def encode(self, inputs: Inputs, modality: Modality = "image") -> list[tuple[Tensor, ...]]:
+        given = {name: inputs[name] for name in self.vision_inputs if inputs.get(name) is not None}
+        rows = self.model.base_model.get_image_features(**given, return_dict=True).pooler_output
+        sizes = [len(picture.tokens) for picture in self.pictures(inputs)]
+        return [(features,) for features in torch.cat(list(rows)).split(sizes)]
+
+    def some(self, inputs: Inputs, pictures: slice, modality: Modality = "image") -> Inputs:
+        real = _real(inputs["pixel_values"])
+        tiles = [tile.sequence for picture in self.pictures(inputs)[pictures] for tile in picture.tiles]
+        given = (name for name in self.vision_inputs if inputs.get(name) is not None)
+        return {name: inputs[name][real][tiles][None] for name in given}
+
+    def vision_flops(self, patches: int) -> float:
+        config, projection = self.model.config, self.model.base_model.connector.modality_projection.proj
+        tokens = patches / config.scale_factor**2
+        return (
+            tower_flops(patches, config.vision_config) + 2 * tokens * projection.in_features * projection.out_features
+        )
+
+
+def _real(pixels: Tensor) -> Tensor:
+    """Which tiles of ``(rows, tiles, channels, height, width)`` are no padding, which the model tells by its zeros."""
+    return (pixels != 0).flatten(2).any(-1)
+
+
+def _tiles(prompt: Tensor, placeholder: int, each: int) -> list[int]:
+    """How many tiles each image of a prompt has, when every tile has ``each`` placeholders.
+
+    Every tile is announced by the same token, and an image is closed by another such token: where two of them stand
+    between two tiles, one image ends and the next begins.
+    """
+    columns = (prompt == placeholder).nonzero()[:, 0]
+    if not len(columns):
+        return []
+    mark = prompt[columns[-1] + 1]
+    starts, ends = columns[::each].tolist(), columns[each - 1 :: each].tolist()
+    gaps = [prompt[end + 1 : start] for end, start in zip(ends, starts[1:], strict=False)]
+    last = [number for number, gap in enumerate(gaps) if int((gap == mark).sum()) > 1]
+    return [after - before for before, after in pairwise([-1, *last, len(starts) - 1])]
