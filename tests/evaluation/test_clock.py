@@ -14,6 +14,7 @@ import torch
 from tokenreduce import create
 from tokenreduce.evaluation import clock
 from tokenreduce.evaluation.run import Runner
+from tokenreduce.stopwatch import part
 
 
 @pytest.fixture
@@ -34,32 +35,61 @@ def test_methods_take_turns_on_every_prompt(model: Any, prompts: list[dict[str, 
 
     random = [create("random", keep=4), create("random", keep=9)]
     methods = {"plain": method("plain", [None, None]), "random": method("random", random)}
-    times = clock.first_token_times(model, methods, prompts, pairs=3)
+    times = clock.take_times(model, methods, prompts, pairs=3)
     assert turns[2 * clock.WARM_UP :] == [(name, place) for place in (0, 1, 0) for name in ("plain", "random")]
-    assert all(0 < each.low <= each.median <= each.high for each in times.values())
+    spreads = [spread for each in times.values() for spread in (each.time_to_first_token, each.decode_per_token)]
+    assert all(0 < each.low <= each.median <= each.high for each in spreads)
 
 
 def test_a_slower_method_shows_as_one(
     model: Any, prompts: list[dict[str, torch.Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of the slow one's 6 ms before the first token 4 are its reducer's; decoding is as fast."""
     turn = 0
 
     def generate(**kwargs: Any) -> None:
         nonlocal turn
         turn += 1
-        time.sleep(0.002 if turn % 2 else 0.006)
+        with part("vision"):
+            time.sleep(0.001)
+            if turn % 2 == 0:
+                with part("selection"):
+                    time.sleep(0.004)
+        time.sleep(0.001)
+        model.get_output_embeddings()(torch.zeros(1, 1, model.get_output_embeddings().in_features))
+        time.sleep(0.008)
 
     monkeypatch.setattr(model, "generate", generate)
-    done = []
-    times = clock.first_token_times(
+    done: list[int] = []
+    times = clock.take_times(
         model, {"fast": lambda _: None, "slow": lambda _: None}, prompts, 12, lambda: done.append(1)
     )
+    fast, slow = (times[name].time_to_first_token for name in ("fast", "slow"))
     assert len(done) == 12
-    assert times["fast"].ratio.value == 1
-    low, ratio, high = times["slow"].ratio.low, times["slow"].ratio.value, times["slow"].ratio.high
-    assert low is not None and high is not None
-    assert 1.2 < low <= ratio <= high < 4
-    assert 0.006 <= times["slow"].low <= times["slow"].median <= times["slow"].high
+    assert fast.ratio.value == 1
+    assert slow.ratio.low is not None and slow.ratio.high is not None
+    assert 1.2 < slow.ratio.low <= slow.ratio.value <= slow.ratio.high < 5
+    assert 0.006 <= slow.low <= slow.median <= slow.high
+    assert fast.parts["selection"].high == 0 and slow.parts["selection"].low >= 0.004
+    assert 0.001 <= slow.parts["vision"].median < 0.003, "what is selected amid it does not count for it"
+    assert 0.001 <= slow.parts["llm"].median < 0.003
+    for each in times.values():
+        assert 0.001 <= each.decode_per_token.median < 0.003
+
+
+def test_the_parts_of_a_real_answer_are_all_there(model: Any, prompts: list[dict[str, torch.Tensor]]) -> None:
+    forwards = []
+    hook = model.get_output_embeddings().register_forward_hook(lambda *_: forwards.append(1))
+    plain, reduced = (
+        clock.seconds_by_part(model, prompts[0]),
+        clock.take_times(model, {"pool": lambda _: create("pool", keep=4)}, prompts, 1)["pool"].time_to_first_token,
+    )
+    hook.remove()
+    assert len(forwards) == (1 + 1 + clock.WARM_UP) * (1 + clock.DECODED)
+    assert {"vision", "llm", "decoding"} <= plain.keys() and min(plain.values()) > 0
+    assert all(reduced.parts[name].median > 0 for name in clock.PARTS)
+    assert reduced.median == pytest.approx(sum(each.median for each in reduced.parts.values())), "one turn: no medians"
+    assert "get_image_features" not in vars(model.base_model)
 
 
 def test_the_plain_model_is_timed_with_nothing_attached(model: Any, prompts: list[dict[str, torch.Tensor]]) -> None:
@@ -71,7 +101,7 @@ def test_the_plain_model_is_timed_with_nothing_attached(model: Any, prompts: lis
 
 def test_nothing_cannot_be_timed(model: Any) -> None:
     with pytest.raises(ValueError, match="at least one pair"):
-        clock.first_token_times(model, {"plain": lambda _: None}, [], 3)
+        clock.take_times(model, {"plain": lambda _: None}, [], 3)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the kernel's high-water mark")

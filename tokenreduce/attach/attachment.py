@@ -36,6 +36,7 @@ from tokenreduce.reducer import (
 )
 from tokenreduce.registry import MODELS, create
 from tokenreduce.signals import EncoderAttention, EncoderHidden
+from tokenreduce.stopwatch import part
 
 SITES: tuple[type[Step], ...] = (AtInput, AtEncoder, AtEncoderOutput, AtProjector, AtDecoder)
 """In the order in which a picture passes them."""
@@ -236,6 +237,7 @@ class Attachment:
 
     # What the model gets instead.
 
+    @part("selection")
     def _shortened(self, inputs: dict[str, Any], padding_counts: bool) -> tuple[Prompt, dict[str, Any]]:
         """The prompt that is left, and the inputs of a call on it."""
         cache = inputs.get("past_key_values")

@@ -29,6 +29,7 @@ from tokenreduce.signals import (
     ProjectedFeatures,
     TextEmbeddings,
 )
+from tokenreduce.stopwatch import part
 
 DECODER_SIGNALS = (DecoderAttention, DecoderHidden, LookAheadAttention, ProjectedFeatures, TextEmbeddings)
 """The signals that a step inside the language model can see."""
@@ -213,6 +214,7 @@ class DecoderSite:
 
     # Cutting.
 
+    @part("selection")
     def _cut(self, prefill: Prefill, step: AtDecoder, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Let the reducer choose in every row, and shorten the hidden states ``(rows, n, dim)``."""
         stage = prefill.stages[-1] if prefill.stages else _whole(prefill.valid)

@@ -31,6 +31,7 @@ from tokenreduce.reducer import (
     layer_index,
 )
 from tokenreduce.signals import Attention, ClassToken, EncoderAttention, EncoderHidden, TokenSizes
+from tokenreduce.stopwatch import part
 
 VISION_SIGNALS = (EncoderAttention, EncoderHidden, ClassToken, TokenSizes)
 """The signals that a step before the language model can see."""
@@ -309,6 +310,7 @@ class VisionSite:
             deeper = [means @ level[source >= 0] for level in deeper]
         tile.features = (features, *deeper)
 
+    @part("selection")
     def _select(
         self, encoding: _Encoding, tile: ReducedTile, step: Step, site: str, features: Tensor
     ) -> tuple[Selection, Tensor]:

@@ -1,7 +1,8 @@
 """Times and memory, measured side by side on the machine at hand; they never come from earlier runs.
 
-The time to first token is that of ``generate(max_new_tokens=1)`` on single prompts: vision tower, selection, prefill
-and one token. Methods take turns on every prompt, so that a slow moment of the machine falls on all of them alike.
+Times are those of short answers to single prompts: until the logits of the first token are there, in parts, and
+for every token after it. Methods take turns on every prompt, so that a slow moment of the machine falls on all of them
+alike, and all of them run on the model's own attention kernel.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, fields
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -23,75 +25,143 @@ from transformers import PreTrainedModel
 from tokenreduce.attach import reduce_tokens
 from tokenreduce.evaluation.statistics import Estimate, ratio_of_medians
 from tokenreduce.reducer import TokenReducer
+from tokenreduce.stopwatch import Stopwatch, part
 
 ReducerFor = Callable[[int], TokenReducer | None]
 """The reducer that a method uses on the i-th prompt; None for the plain model, which nothing is attached to."""
 
 WARM_UP = 2
+"""Turns that do not count."""
+
+
+PARTS = ("vision", "selection", "llm")
+"""What happens before the first token: the vision tower and projector, what the reducer adds, and everything else."""
+
+DECODED = 8
+"""Tokens after the first one, over which the time of one is averaged."""
 
 
 @dataclass(frozen=True)
-class Times:
-    """Seconds: the ``median``, and as ``low`` and ``high`` the 10 % and 90 % quantiles.
-
-    ratio: this median to the reference's, paired by prompt.
-    """
+class Spread:
+    """Seconds: the ``median``, and as ``low`` and ``high`` the 10 % and 90 % quantiles."""
 
     median: float
     low: float
     high: float
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Spread:
+        low, median, high = np.quantile(seconds, [0.1, 0.5, 0.9]).tolist()
+        return cls(median, low, high)
+
+
+@dataclass(frozen=True)
+class Timed(Spread):
+    """A spread, and as ``ratio`` its median to the reference's, paired by prompt."""
+
     ratio: Estimate
 
 
-def first_token_times(
+@dataclass(frozen=True)
+class FirstToken(Timed):
+    """The time to first token, and where it goes: :data:`PARTS`, whose medians need not add up to it."""
+
+    parts: Mapping[str, Spread]
+
+
+@dataclass(frozen=True)
+class Times:
+    """How long one method takes: until the first token of an answer is there, and for every further one."""
+
+    time_to_first_token: FirstToken
+    decode_per_token: Timed
+
+
+TIMES = tuple(field.name for field in fields(Times))
+
+
+def take_times(
     model: PreTrainedModel,
     methods: Mapping[str, ReducerFor],
     prompts: Sequence[Mapping[str, Any]],
     pairs: int,
     advance: Callable[[], None] = lambda: None,
 ) -> dict[str, Times]:
-    """The time to first token of every method; the first one is the reference.
+    """The times of every method; the first one is the reference.
 
     ``prompts`` are single-row inputs of ``generate``, taken in turn until each method has been timed ``pairs`` times.
     """
     if pairs < 1 or not prompts:
         raise ValueError(f"times need at least one pair and one prompt, not {pairs} and {len(prompts)}")
-    seconds: dict[str, list[float]] = {name: [] for name in methods}
+    taken: dict[str, list[Counter[str]]] = {name: [] for name in methods}
     for turn in range(-WARM_UP, pairs):
         place = turn % len(prompts)
         for name, reducer_for in methods.items():
             with attached(model, reducer_for(place)):
-                elapsed = _seconds(model, prompts[place])
+                seconds = seconds_by_part(model, prompts[place])
             if turn >= 0:
-                seconds[name].append(elapsed)
+                taken[name].append(seconds)
         if turn >= 0:
             advance()
-    reference = next(iter(seconds.values()))
-    times = {}
-    for name, values in seconds.items():
-        low, median, high = np.quantile(values, [0.1, 0.5, 0.9]).tolist()
-        times[name] = Times(median, low, high, ratio_of_medians(values, reference))
-    return times
+    first = {name: [sum(turn[part] for part in PARTS) for turn in turns] for name, turns in taken.items()}
+    further = {name: [turn["decoding"] / DECODED for turn in turns] for name, turns in taken.items()}
+    reference = next(iter(taken))
+    return {
+        name: Times(
+            FirstToken(
+                **vars(_timed(first[name], first[reference])),
+                parts={part: Spread.of([turn[part] for turn in turns]) for part in PARTS},
+            ),
+            _timed(further[name], further[reference]),
+        )
+        for name, turns in taken.items()
+    }
 
 
-def _seconds(model: PreTrainedModel, inputs: Mapping[str, Any]) -> float:
+def seconds_by_part(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Counter[str]:
+    """One answer of ``1 + DECODED`` tokens: the :data:`PARTS` of its first one, and ``decoding`` for the others."""
     generate: Callable[..., object] = model.generate
-    synchronise(model.device)
-    start = time.perf_counter()
-    generate(**inputs, max_new_tokens=1, min_new_tokens=1, do_sample=False)
-    synchronise(model.device)
-    return time.perf_counter() - start
+    stopwatch = Stopwatch(model.device)
+    with _marked(model, stopwatch), stopwatch.running("llm"):
+        generate(**inputs, max_new_tokens=1 + DECODED, min_new_tokens=1 + DECODED, do_sample=False)
+    return stopwatch.seconds()
+
+
+@contextmanager
+def _marked(model: PreTrainedModel, stopwatch: Stopwatch) -> Iterator[None]:
+    """Mark the vision side, and the end of prefill, in any model, a plain one too."""
+    base = model.base_model
+    with ExitStack() as stack:
+        for name in ("get_image_features", "get_video_features"):
+            if hasattr(base, name):
+                setattr(base, name, _as_vision(getattr(base, name)))
+                stack.callback(delattr, base, name)
+
+        def first_logits(*_: Any) -> None:
+            stopwatch.switch("decoding")
+            stopping.remove()
+
+        stopping = model.get_output_embeddings().register_forward_hook(first_logits)
+        stack.callback(stopping.remove)
+        yield
+
+
+def _as_vision(call: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(call)
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        with part("vision"):
+            return call(*args, **kwargs)
+
+    return timed
+
+
+def _timed(seconds: Sequence[float], reference: Sequence[float]) -> Timed:
+    return Timed(**vars(Spread.of(seconds)), ratio=ratio_of_medians(seconds, reference))
 
 
 def attached(model: PreTrainedModel, reducer: TokenReducer | None) -> AbstractContextManager[Any]:
     """The reducer's context, or an empty one for the plain model."""
     return nullcontext() if reducer is None else reduce_tokens(model, reducer)
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait until an accelerator has done what it was given."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def peak_memory(device: torch.device, work: Callable[[], object]) -> int | None:

@@ -7,12 +7,17 @@ always measured anew, side by side. The result is ``metrics.json``, which needs 
 - ``budget``: None, or the ``currency`` and ``value`` that the reducer was held to, what was ``asked`` in the currency's
   unit, what was ``expected`` of the knob that was found, the ``least`` and ``most`` that was possible, and what the
   ``whole`` model costs. What was really spent stands with the methods.
+- ``machine``: how many ``flops`` and ``bytes`` a second this one was measured to do, and ``break_even_tokens``, the
+  length of a prompt below which prefill at batch 1 only waits for the weights. A method's ``roofline`` is the least
+  time that ``prefill`` and ``decode`` of a token can take on it, and whether they are memory-bound.
 - ``benchmark``: its ``name``, how many ``samples`` of how many ``images`` every method answered (only these are
   compared), by ``categories``; ``errors`` counts the others and ``failed`` lists them.
 - ``methods``: one row each for ``unreduced``, ``reducer`` and ``random``, in this order. The second is absent where the
   reducer is ``none``, the third where nothing was dropped or no draws were asked for. An estimate is ``value``, ``low``
-  and ``high``; counts, FLOPs and bytes are means over samples, times are seconds. ``measures`` are the benchmark's own
-  figures of all answers together, by name, in its units.
+  and ``high``; a time is a ``median`` with the 10 % and 90 % quantiles ``low`` and ``high``, its ``ratio`` to the
+  unreduced model's an estimate, and that to the first token has ``parts``: ``vision``, ``selection``, ``llm``. Counts,
+  FLOPs and bytes are means over samples, times are seconds. ``measures`` are the benchmark's own figures of all answers
+  together, by name, in its units.
 """
 
 from __future__ import annotations
@@ -32,14 +37,15 @@ from transformers import PreTrainedModel
 from tokenreduce.benchmarks.benchmark import Benchmark, Sample
 from tokenreduce.budget import Budget, Solution
 from tokenreduce.evaluation import statistics
+from tokenreduce.evaluation.clock import TIMES, attached, peak_memory, take_times
 from tokenreduce.evaluation.clock import ReducerFor as ReducerForPrompt
-from tokenreduce.evaluation.clock import attached, first_token_times, peak_memory
 from tokenreduce.evaluation.costs import within_budget
 from tokenreduce.evaluation.identity import content_hash, run_identity
 from tokenreduce.evaluation.processes import Processes
 from tokenreduce.evaluation.progress import Progress, Silent
 from tokenreduce.evaluation.prompts import PLACE
 from tokenreduce.evaluation.records import Record, StorageError, storage, write_atomically
+from tokenreduce.evaluation.roofline import limits, roofline
 from tokenreduce.evaluation.run import ReducerFor, Runner
 from tokenreduce.evaluation.statistics import Estimate
 from tokenreduce.reducer import TokenReducer
@@ -63,7 +69,7 @@ class Settings:
     """How a comparison is run. ``output`` holds a folder for every run; ``limit`` takes the first samples only.
 
     random_seeds: draws of the random baseline; 0 leaves it out.
-    timing_pairs: how often each method's time to first token is measured; 0 leaves times and memory out.
+    timing_pairs: how often each method is timed; 0 leaves times and memory out.
     """
 
     output: Path
@@ -224,14 +230,15 @@ class Comparer:
         config: Mapping[str, Any] | None,
         solution: Solution | None,
     ) -> None:
-        times, memory = self.measured(methods)
+        measured = self.measured(methods)
         metrics = {
             "schema": METRICS_SCHEMA,
             "run": {"hash": main.hash, "folder": main.folder.name, "identity": main.identity},
             "budget": _spent(solution),
             "benchmark": self.describe_benchmark(methods),
+            "machine": asdict(limits(self._model)) if measured else None,
             "methods": {
-                key: _row(key, methods, self.answered(methods), times.get(key), memory.get(key))
+                key: _row(key, methods, self.answered(methods), measured.get(key, {}))
                 | {"measures": self._measures(key, methods)}
                 for key in methods
             },
@@ -305,11 +312,12 @@ class Comparer:
             if not difference
         }
 
-    def measured(self, methods: Mapping[str, Method]) -> tuple[dict[str, Any], dict[str, int | None]]:
-        """Time to first token and peak memory of every method, measured now."""
+    def measured(self, methods: Mapping[str, Method]) -> dict[str, dict[str, Any]]:
+        """What must be taken now, and on this machine, of every method: times, and what they could be at best; peak
+        memory."""
         answered, pairs = self.answered(methods), self._settings.timing_pairs
         if not pairs or not answered:
-            return {}, {}
+            return {}
         runner = self.runner
         # One question an image: as many different pictures as there are.
         timed = list({sample.image_id: sample for sample in reversed(answered)}.values())[::-1][:pairs]
@@ -320,7 +328,7 @@ class Comparer:
         }
         runner.progress.start("timing", pairs)
         try:
-            times = first_token_times(self._model, by_prompt, prompts, pairs, runner.progress.advance)
+            times = take_times(self._model, by_prompt, prompts, pairs, runner.progress.advance)
         finally:
             runner.progress.finish()
         runner.forget()
@@ -333,7 +341,14 @@ class Comparer:
             if all(other == first for other in others):
                 with attached(self._model, first):
                     memory[key] = peak_memory(self._model.device, partial(runner.generate, inputs))
-        return {key: asdict(value) for key, value in times.items()}, memory
+        bounds = {}
+        for key, method in methods.items():
+            flops, kv_bytes = (
+                sum(method.mean([sample.id for sample in answered], partial(_number, field))) / len(answered)
+                for field in ("llm_flops", "kv_bytes")
+            )
+            bounds[key] = asdict(roofline(self._model, flops, kv_bytes))
+        return {key: {**asdict(times[key]), "roofline": bounds[key], "peak_memory": memory.get(key)} for key in methods}
 
     def _single(self, reducer: TokenReducer, phase: str) -> Method:
         run = self._run(reducer, REDUCERS.name_of(reducer), phase, self._identity(reducer))
@@ -462,8 +477,7 @@ def _row(
     key: str,
     methods: Mapping[str, Method],
     answered: Sequence[Sample],
-    times: dict[str, Any] | None,
-    memory: int | None,
+    measured: Mapping[str, Any],
 ) -> dict[str, Any]:
     """One method's figures, over the samples that every method answered."""
     method, base = methods[key], methods[UNREDUCED]
@@ -508,8 +522,7 @@ def _row(
             / (whole["llm_flops"] + whole["vision_flops"]),
         },
         "kv_bytes": per_sample["kv_bytes"],
-        "time_to_first_token": times,
-        "peak_memory": memory,
+        **{name: measured.get(name) for name in (*TIMES, "roofline", "peak_memory")},
     }
 
 
