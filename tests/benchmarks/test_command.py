@@ -54,6 +54,7 @@ def test_a_folder_is_compared_like_any_benchmark(
     (run,) = Path("outputs").glob("pool-*")
     metrics = read_metrics(run)
     assert metrics["benchmark"]["categories"] == {"red": 2, "blue": 2, "green": 2}
+    assert metrics["benchmark"]["name"] == "mine"
     assert metrics["benchmark"]["errors"] == 1
     assert "No such file" in metrics["benchmark"]["failed"][0]["error"]
     assert list(metrics["methods"]["reducer"]["measures"]) == ["F1", "precision", "recall", "yes"]

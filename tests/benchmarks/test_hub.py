@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,6 +22,7 @@ from tokenreduce.benchmarks.hub import HubDataset
 from tokenreduce.configuration import CONFIG_MODULE, CONFIG_NAME, knobs_of, register_plugins
 from tokenreduce.evaluation.prompts import PLACE
 from tokenreduce.registry import BENCHMARKS
+from tokenreduce.testing.benchmarks import images_are_what_clusters_them, samples_are_distinct, samples_repeat
 
 TEXT, TEXTS, NUMBER = Value("string"), datasets.List(Value("string")), Value("int64")
 SHORT = "\nAnswer the question using a single word or phrase."
@@ -210,8 +212,11 @@ def test_a_preset_reads_its_data_set_and_accepts_its_answers(presets: Presets, n
     benchmark, prompt = presets[name]
     found = samples(benchmark)
     assert len(found) == len(next(iter(FILES[name].values())))
-    assert len({sample.id for sample in found}) == len(found)
+    assert benchmark.title().split()[0] == name
     assert prompt.startswith(PLACE) and prompt.removeprefix(PLACE) in (SHORT, LETTER)
+    samples_are_distinct(benchmark, 20)
+    samples_repeat(benchmark, 20)
+    images_are_what_clusters_them(benchmark, 20)
     for sample in found:
         assert benchmark.images(sample)[0].size == (12, 10)
         best = max(sample.answers, key=sample.answers.count)
@@ -311,6 +316,14 @@ def test_a_sample_out_of_a_record_finds_its_image(presets: Presets) -> None:
         sample = samples(benchmark)[1]
         again = replace(benchmark)
         assert shade(again.images(sample)[0]) == shade(benchmark.images(sample)[0]), name
+
+
+def test_settings_are_sent_to_another_process_and_rows_are_not(presets: Presets) -> None:
+    stream = replace(presets["pope"][0], streaming=True)
+    assert stream[0]
+    assert len(sent := pickle.dumps(stream)) < 2000
+    assert pickle.loads(sent) == stream
+    assert pickle.loads(sent)[0] == stream[0]
 
 
 def test_shuffling_is_seeded(presets: Presets) -> None:

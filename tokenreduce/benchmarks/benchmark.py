@@ -51,6 +51,10 @@ class Benchmark(ABC):
         """
         return {}
 
+    def title(self) -> str:
+        """What tables call it, where its plugin's name would not tell."""
+        return ""
+
     def knobs(self) -> dict[str, Any]:
         """The settings that decide the samples and their scores: all fields, unless a subclass knows better."""
         return asdict(self) if is_dataclass(self) else {}

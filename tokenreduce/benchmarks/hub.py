@@ -55,6 +55,9 @@ class HubDataset(TabularBenchmark):
         if self.images_subset and not self.image_id_column:
             raise ValueError(f"images_subset={self.images_subset!r} needs image_id_column, which names a row's image")
 
+    def title(self) -> str:
+        return f"{Path(self.path).name} {self.split}"
+
     def knobs(self) -> dict[str, Any]:
         """All but how rows are fetched, and where a local folder is."""
         left_out = {"streaming", *(["path"] if self._local else [])}

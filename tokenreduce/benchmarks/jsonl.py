@@ -40,6 +40,9 @@ class JsonLines(TabularBenchmark):
     id_column: str | None = "id"
     category_column: str | None = "category"
 
+    def title(self) -> str:
+        return Path(self.path).resolve().stem
+
     def knobs(self) -> dict[str, Any]:
         """All but the place, which does not change what is in it."""
         return {name: value for name, value in super().knobs().items() if name != "path"}

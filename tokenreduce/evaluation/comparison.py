@@ -281,7 +281,7 @@ class Comparer:
                 f"the first error was at {first['id']!r}: {first['error']}"
             )
         return {
-            "name": BENCHMARKS.name_of(self._benchmark),
+            "name": self._benchmark.title() or BENCHMARKS.name_of(self._benchmark),
             "samples": len(answered),
             "images": len({sample.image_id for sample in answered}),
             "categories": dict(Counter(sample.category for sample in answered)),

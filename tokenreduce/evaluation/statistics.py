@@ -136,7 +136,8 @@ def jackknife(
     """Figures of all samples together that are no mean over them, such as F1, with their intervals.
 
     ``figures`` takes the places of samples. Intervals are the delete-a-group jackknife's: images are dealt into twenty
-    groups, and the figures computed without each one (Kott, Journal of Official Statistics 17 (2001), 521-526).
+    groups, and the figures computed without each one (Kott, Journal of Official Statistics 17 (2001), 521-526). None
+    where nothing varies, as where every answer is right, and where some part has no such figure.
     """
     whole = figures(range(len(clusters)))
     images = {name: place for place, name in enumerate(dict.fromkeys(clusters))}
@@ -147,10 +148,10 @@ def jackknife(
     parts = [figures([place for place, one in enumerate(group) if one != left_out]) for left_out in range(groups)]
     estimates = {}
     for name, value in whole.items():
-        if any(name not in part for part in parts):
+        spread = sum((part.get(name, np.nan) - value) ** 2 for part in parts)
+        if not spread > 0:  # zero, or not a number
             estimates[name] = Estimate(value)
             continue
-        spread = sum((part[name] - value) ** 2 for part in parts)
         half = float(stats.t.ppf((1 + CONFIDENCE) / 2, groups - 1) * np.sqrt((groups - 1) / groups * spread))
         estimates[name] = Estimate(value, value - half, value + half)
     return estimates
