@@ -11,38 +11,30 @@ from torch import Tensor
 from tokenreduce.reducer import AtProjector, Geometry, Keep, Selection, Span, Step, TokenReducer, VisualTokens
 
 
-def diverse(features: Tensor, count: int, height: int = 192) -> Tensor:
+def diverse(features: Tensor, count: int) -> Tensor:
     """The places of ``count`` rows of ``features`` (tokens, dim) in the order of picking: first the row whose nearest
-    other row is farthest in cosine distance, then always the one farthest from its nearest row picked before.
-
-    Only half of the symmetric matrix of cosines is computed, in bands of ``height`` rows that begin at the diagonal.
-    """
-    tokens = len(features)
-    inverse = 1 / features.norm(dim=-1).clamp(min=torch.finfo(features.dtype).tiny)
-    nearest = torch.full((tokens,), -torch.inf, dtype=features.dtype, device=features.device)  # as a cosine
-    bands: list[Tensor] = []
-    for start in range(0, tokens, height):
-        # Lengths are divided out of the products: dividing the features would copy them.
-        band = features[start : start + height] @ features[start:].T
-        band *= inverse[start : start + height, None]
-        band *= inverse[start:]
-        band.diagonal().fill_(-torch.inf)
-        nearest[start:] = torch.maximum(nearest[start:], band.amax(dim=0))
-        nearest[start : start + height] = torch.maximum(nearest[start : start + height], band.amax(dim=1))
-        band.diagonal().fill_(torch.inf)  # once picked, never again
-        bands.append(band)
-
-    def cosines(row: int) -> Tensor:
-        own = row // height
-        above = [band[:, row - number * height] for number, band in enumerate(bands[:own])]
-        return torch.cat([*above, bands[own][row - own * height]])
-
+    other row is farthest in cosine distance, then always the one farthest from its nearest row picked before."""
+    cosines = products(features)
+    inverse = cosines.diagonal().clamp(min=torch.finfo(cosines.dtype).tiny).rsqrt()
+    cosines *= inverse
+    cosines *= inverse[:, None]
+    nearest = cosines.fill_diagonal_(-torch.inf).amax(dim=0)
     picked = [int(nearest.argmin())]
-    nearest = cosines(picked[0])
+    cosines.fill_diagonal_(torch.inf)  # once picked, never again
+    nearest = cosines[picked[0]]
     while len(picked) < count:
         picked.append(int(nearest.argmin()))
-        torch.maximum(nearest, cosines(picked[-1]), out=nearest)
+        nearest = torch.maximum(nearest, cosines[picked[-1]])
     return torch.tensor(picked, device=features.device)
+
+
+def products(rows: Tensor) -> Tensor:
+    """The inner product of every two rows ``(n, dim)``: ``(n, n)``."""
+    if rows.device.type != "cpu":
+        return rows @ rows.T
+    # Of a matrix times its own transpose NumPy computes one half, by BLAS's `syrk`, for which torch has no call.
+    array = rows.detach().numpy()
+    return torch.from_numpy(array @ array.T)
 
 
 @dataclass(frozen=True)
