@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -222,6 +223,18 @@ def test_a_preset_reads_its_data_set_and_accepts_its_answers(presets: Presets, n
         best = max(sample.answers, key=sample.answers.count)
         assert benchmark.score(best, sample) > 0.5
         assert benchmark.score("elephant", sample) in (0, benchmark.score("", sample))
+
+
+def test_the_readme_names_every_preset_its_data_and_its_size() -> None:
+    root = Path(__file__).parents[2]
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    assert {file.stem for file in (root / "conf" / "benchmark").glob("*.yaml")} == set(FILES)
+    for name in FILES:
+        preset = (root / "conf" / "benchmark" / f"{name}.yaml").read_text(encoding="utf-8")
+        (row,) = (line for line in readme.splitlines() if line.startswith(f"| `{name}` |"))
+        (path,) = re.findall(r"^path: (.*)$", preset, re.MULTILINE)
+        assert f"[{path}](https://huggingface.co/datasets/{path})" in row
+        assert row.split("|")[2].split()[-1] in preset  # how many questions
 
 
 def test_pope(presets: Presets) -> None:
