@@ -11,6 +11,8 @@ from rich.console import Console
 from tokenreduce.reporting.table import report
 from tokenreduce.reporting.terminal import TerminalProgress
 
+from .made_up import estimate
+
 
 def printed(metrics: dict[str, Any], width: int = 100) -> str:
     console = Console(file=io.StringIO(), width=width)
@@ -45,6 +47,30 @@ def test_what_was_not_measured_is_not_made_up(metrics: dict[str, Any]) -> None:
     metrics["methods"]["reducer"]["score"] = {"value": 0.5, "low": None, "high": None}
     assert row(printed(metrics, 120), "fopru_row").endswith("n/a n/a")
     assert "fopru_row keep=0.25 50.0 −6.0" in row(printed(metrics, 120), "fopru_row")  # noqa: RUF001
+
+
+def test_where_time_goes_and_why_it_is_not_less(metrics: dict[str, Any]) -> None:
+    for method, prefill, bound in zip(
+        metrics["methods"].values(), (0.001, 0.005, 0.01), (False, True, True), strict=True
+    ):
+        times = {"median": 0.03, "low": 0.02, "high": 0.04}
+        method.update(
+            kv_bytes=300 << 10,
+            decode_per_token={"median": 0.0052, "low": 0.005, "high": 0.006, "ratio": estimate(0.98)},
+            roofline={"prefill": {"seconds": prefill, "memory_bound": bound}},
+        )
+        method["time_to_first_token"]["parts"] = {"vision": times, "selection": {"median": 0.0015}, "llm": times}
+    metrics["machine"] = {"flops": 4e10, "bytes": 5e9, "break_even_tokens": 16.2}
+    metrics["budget"] = {"currency": "layer_mean", "asked": 36.0, "whole": 144.0, "expected": 35.8}
+    text = printed(metrics)
+    assert "fopru_row keep=0.25 36 300 KiB 30.0 1.5 30.0 5.0 5.2 0.98" in [
+        " ".join(line.split()) for line in text.splitlines()
+    ]
+    assert "40 GFLOP/s and 5 GB/s: prefill of less than 16 tokens is memory-bound" in text
+    assert "so that fewer tokens save no time: fopru_row keep=0.25, random keep=as the reducer" in text
+    assert "unreduced prefill takes 30.0 times the best case: mostly overhead" in text
+    assert "budget: 36 tokens, mean over layers (25 % of unreduced); the knob comes to 35.8" in text
+    assert max(map(len, text.splitlines())) <= 100
 
 
 def test_samples_without_an_answer_are_told(metrics: dict[str, Any]) -> None:

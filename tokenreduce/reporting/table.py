@@ -16,10 +16,13 @@ Metrics = Mapping[str, Any]
 
 NOT_MEASURED = "n/a"
 
+OVERHEAD = 3
+"""A prefill that takes so many times what the roofline allows is mostly overhead."""
+
 
 def report(metrics: Metrics) -> RenderableType:
     """Everything that a run prints at its end."""
-    return Group(results(metrics), categories(metrics), *measures(metrics), footnote(metrics))
+    return Group(results(metrics), categories(metrics), *measures(metrics), costs(metrics), footnote(metrics))
 
 
 def results(metrics: Metrics) -> Table:
@@ -91,6 +94,24 @@ def measures(metrics: Metrics) -> list[Table]:
     return [table]
 
 
+def costs(metrics: Metrics) -> Table:
+    """What every method spends inside the language model, and where its time goes."""
+    table = _table("mean cost, median time")
+    for name, unit in (
+        ("layer mean", "tokens"),
+        ("KV cache", ""),
+        ("vision", "ms"),
+        ("selection", "ms"),
+        ("LLM prefill", "ms  at best"),
+        ("each further token", "ms  ratio"),
+    ):
+        table.add_column(f"{name}\n[dim]{unit}[/dim]", justify="right", no_wrap=True)
+    for key, method in metrics["methods"].items():
+        tokens, kv_bytes = _count(method["visual_tokens"]["layer_mean"]), _memory(method.get("kv_bytes"))
+        table.add_row(_name(key, method), tokens, kv_bytes, *_times(method))
+    return table
+
+
 def footnote(metrics: Metrics) -> Text:
     """What the figures are about."""
     benchmark = metrics["benchmark"]
@@ -98,6 +119,13 @@ def footnote(metrics: Metrics) -> Text:
         f"{benchmark['name']}: {benchmark['samples']} questions about {benchmark['images']} images; "
         "± and [ ] are 95 % intervals, clustered by image"
     ]
+    if budget := metrics.get("budget"):
+        unit = {"tokens": "tokens entering", "layer_mean": "tokens, mean over layers", "flops": "FLOPs of prefill"}
+        share = budget["asked"] / budget["whole"]
+        lines.append(
+            f"budget: {budget['asked']:.4g} {unit[budget['currency']]} ({100 * share:.3g} % of unreduced); "
+            f"the knob comes to {budget['expected']:.4g}"
+        )
     if (seeds := len(metrics["methods"].get(RANDOM, {"runs": ()})["runs"])) > 1:
         lines.append(f"{RANDOM} is the mean of {seeds} seeds")
     if benchmark["errors"]:
@@ -105,7 +133,7 @@ def footnote(metrics: Metrics) -> Text:
         lines.append(
             f"left out: {benchmark['errors']} samples without an answer, first {first['id']}: {first['error']}"
         )
-    return Text("\n".join(lines), style="dim")
+    return Text("\n".join([*lines, *_speed_limits(metrics)]), style="dim")
 
 
 def label(method: Mapping[str, Any]) -> str:
@@ -176,7 +204,41 @@ def _first_token(times: Mapping[str, Any] | None) -> str:
     return f"{1000 * times['median']:.1f}   {times['ratio']['value']:.2f}"
 
 
+def _speed_limits(metrics: Metrics) -> list[str]:
+    """Why fewer tokens save time on this machine, or do not."""
+    machine, unreduced = metrics.get("machine"), metrics["methods"][UNREDUCED]
+    if not machine:
+        return []
+    speeds = f"{machine['flops'] / 1e9:.3g} GFLOP/s and {machine['bytes'] / 1e9:.3g} GB/s"
+    least = machine["break_even_tokens"]
+    lines = [f"this machine does {speeds}: prefill of less than {least:.0f} tokens is memory-bound"]
+    if bound := [_name(key, method).plain for key, method in metrics["methods"].items() if _memory_bound(method)]:
+        lines.append(f"memory-bound, so that fewer tokens save no time: {', '.join(bound)}")
+    taken = unreduced["time_to_first_token"]["parts"]["llm"]["median"] / unreduced["roofline"]["prefill"]["seconds"]
+    if taken > OVERHEAD:
+        lines.append(
+            f"unreduced prefill takes {taken:.1f} times the best case: mostly overhead, which no reducer shortens"
+        )
+    return lines
+
+
+def _times(method: Metrics) -> list[str]:
+    """Vision, selection, LLM prefill with its best case, and decoding."""
+    first, decode, bounds = (method.get(name) for name in ("time_to_first_token", "decode_per_token", "roofline"))
+    if first is None or decode is None or bounds is None:
+        return [NOT_MEASURED] * 4
+    vision, selection, llm = (f"{1000 * first['parts'][name]['median']:.1f}" for name in ("vision", "selection", "llm"))
+    best = f"{1000 * bounds['prefill']['seconds']:.1f}"
+    return [vision, selection, f"{llm}  {best:>7}", f"{1000 * decode['median']:.1f}   {decode['ratio']['value']:.2f}"]
+
+
+def _memory_bound(method: Metrics) -> bool:
+    return bool(method.get("roofline") and method["roofline"]["prefill"]["memory_bound"])
+
+
 def _memory(peak: float | None) -> str:
     if peak is None:
         return NOT_MEASURED
+    if peak < 2**20:
+        return f"{peak / 2**10:.0f} KiB"
     return f"{peak / 2**30:.2f} GiB" if peak >= 2**30 else f"{peak / 2**20:.0f} MiB"
