@@ -36,7 +36,8 @@ SUCCESS, BAD_INPUT, INTERRUPTED = 0, 2, 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command with these arguments, by default the process's own, and return its exit status."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    processes = launched()
+    with _plain_warnings(Processes()):
+        processes = launched()
     try:
         with _plain_warnings(processes), _reported(processes):
             _start(arguments, processes)

@@ -6,10 +6,13 @@ them together (:func:`tokenreduce.evaluation.records.merge`), so that a process 
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from importlib.util import find_spec
 from typing import Any, TypeVar
 
@@ -67,6 +70,7 @@ class Processes:
                 raise ProcessError(f"process {index} failed: {message}")
 
 
+@cache
 def launched() -> Processes:
     """The processes that ``accelerate launch`` started; this one alone where it did not."""
     if find_spec("accelerate") is None:
@@ -74,8 +78,14 @@ def launched() -> Processes:
     from accelerate import PartialState  # here, because it is optional
     from accelerate.utils import parse_flag_from_env
 
-    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    state = PartialState(cpu=cpu, timeout=_PATIENCE)
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
+    state = PartialState(cpu=on_cpu or not torch.accelerator.is_available(), timeout=_PATIENCE)
+    if state.num_processes == 1 and on_cpu and "MASTER_ADDR" in os.environ:
+        warnings.warn(
+            "`accelerate launch --cpu` starts one process, however many are asked for, unless MPI starts the others; "
+            "with --multi_gpu instead of --cpu it starts them all, without a GPU too",
+            stacklevel=2,
+        )
     return Processes(state.process_index, state.num_processes, state.local_process_index)
 
 

@@ -135,6 +135,8 @@ class Runner:
         reducer_for = (lambda _: reducer) if isinstance(reducer, TokenReducer) else reducer
         ids = [sample.id for sample in self.samples()]
         several = self.processes.count > 1
+        if several:
+            phase = f"{phase}, share 1 of {self.processes.count}"
         with ExitStack() as held:
             with self.processes.together():
                 if self.processes.main:
