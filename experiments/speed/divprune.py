@@ -1,7 +1,7 @@
 """DivPrune's selection against the plain recurrence over the matrix of all distances, on random features.
 
-Both are timed in turn, round after round, in one process and on one thread, which BLAS takes from the environment. Times
-are the processor's, so that other work on the machine does not count:
+Both are timed in turn, round after round, in one process and on one thread, which BLAS takes from the environment.
+Times are the processor's, so that other work on the machine does not count:
 
     OMP_NUM_THREADS=1 python experiments/speed/divprune.py --rounds 15
 """
