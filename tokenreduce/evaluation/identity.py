@@ -27,7 +27,6 @@ _CORE = (
     "reducer.py",
     "chain.py",
     "signals.py",
-    "budget.py",
     "flops.py",
     "attach",
     "models",
