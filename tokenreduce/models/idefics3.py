@@ -57,18 +57,15 @@ class Idefics3(ModelFamily):
         places = torch.arange(side * side).view(1, -1, 1)
         patches = self.model.base_model.connector.pixel_shuffle(places, config.scale_factor)[0]
         grid = Grid(side // config.scale_factor, side // config.scale_factor)
-        real = _real(pixels)
-        pictures, sequence = [], 0
-        for row, prompt in enumerate(inputs["input_ids"].cpu()):
-            own, first = pixels[row, real[row]], 0
+        real = pixels[_real(pixels)]
+        pictures, first = [], 0
+        for prompt in inputs["input_ids"].cpu():
             for count in _tiles(prompt, config.image_token_id, len(grid)):
-                tiles = tuple(
-                    Tile(grid, patches, sequence + number, None, side * side) for number in range(first, first + count)
-                )
+                last = first + count
+                tiles = tuple(Tile(grid, patches, number, None, side * side) for number in range(first, last))
                 tokens = torch.arange(count * len(grid))
-                pictures.append(Picture("image", tiles, tokens, torch.zeros_like(tokens), own[first : first + count]))
-                first += count
-            sequence += len(own)
+                pictures.append(Picture("image", tiles, tokens, torch.zeros_like(tokens), real[first:last]))
+                first = last
         return pictures
 
     def encoder_layers(self, modality: Modality = "image") -> Sequence[nn.Module]:

@@ -85,6 +85,11 @@ class Recipe:
     frames: Mapping[str, Any] = field(default_factory=dict)
     template: str = _CHAT
 
+    @property
+    def model(self) -> str:
+        """The transformers class of the model."""
+        return self.processor.replace("Processor", "ForConditionalGeneration")
+
 
 def write_checkpoint(family: str, directory: str | Path, *, seed: int = 0, words: Iterable[str] = ()) -> Path:
     """Write a small random-weight checkpoint of ``family``, with its processor, and return its directory.

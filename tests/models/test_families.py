@@ -1,0 +1,72 @@
+"""Every reducer on every family that is installed: it keeps the invariants, or is refused with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedModel
+
+from tokenreduce import available, create, reduce_tokens
+from tokenreduce.models.family import family_of
+from tokenreduce.models.loading import load, supported_classes
+from tokenreduce.registry import MODELS
+from tokenreduce.testing import Identity, check_reducer
+from tokenreduce.testing.checkpoints import RECIPES, ask, picture, video
+
+Checkpoint = Callable[[str], Path]
+REDUCERS = [name for name in available("reducers") if name != "chain"]
+FAMILIES = [name for name, recipe in RECIPES.items() if recipe.model in supported_classes()]
+
+
+class Loaded:
+    """A model and its batches: three prompts of which one has no picture and one two; and, where it has them, videos.
+
+    The invariants run every prompt of a batch alone too.
+    """
+
+    def __init__(self, family: str, directory: Path) -> None:
+        self.model, processor = load(str(directory))
+        tall, wide, square = picture(0, 60, 40), picture(1, 30, 90), picture(2, 50, 50)
+        self.batches = [ask(processor, [[wide], [], [square, tall]])]
+        if RECIPES[family].frames:
+            films = [video(0, 4, 40, 60), video(1, 4, 40, 60)]
+            images = [[], [square] if family != "smolvlm" else [], []]  # it has one input for frames and pictures
+            self.batches.append(ask(processor, images, [films[:1], films[1:], []]))
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def loaded(request: pytest.FixtureRequest, checkpoint: Checkpoint) -> Iterator[Loaded]:
+    yield Loaded(request.param, checkpoint(request.param))
+
+
+@pytest.mark.parametrize("name", REDUCERS)
+def test_reducer(loaded: Loaded, name: str) -> None:
+    reducer = create(name)
+    if reason := _refusal(loaded.model, name):
+        with pytest.raises(ValueError, match="cannot host") as refused, reduce_tokens(loaded.model, reducer):
+            pass
+        assert reason in str(refused.value)
+        return
+    images, *videos = loaded.batches
+    check_reducer(reducer.with_positions("original"), loaded.model, images)
+    for batch in videos:
+        check_reducer(reducer, loaded.model, batch)
+
+
+@pytest.mark.parametrize("positions", ["compact", "original"])
+def test_identity_under_both_position_policies(loaded: Loaded, positions: Any) -> None:
+    for batch in loaded.batches:
+        check_reducer(Identity(positions=positions), loaded.model, batch)
+
+
+def _refusal(model: PreTrainedModel, name: str) -> str:
+    """Why the model's family cannot host a reducer; nothing where it can."""
+    family = family_of(model, MODELS.usable())
+    if name == "no_image":
+        return ""
+    steps = [type(step) for step in create(name).steps(family.geometry)]
+    reasons = [family.unhosted[step] for step in steps if step not in family.sites]
+    return reasons[0] if reasons else ""
