@@ -34,7 +34,11 @@ Layer = int | float
 """A layer: its 0-based index, a negative index from the end, or a fraction of the depth in [0, 1) when a float."""
 
 Positions = Literal["original", "compact"]
-"""Which position ids survivors carry: the ``original`` ones, with gaps, or ``compact`` ones, 0 .. n-1."""
+"""Which position ids survivors carry: the ``original`` ones, with gaps, or ``compact`` ones, 0 .. n-1.
+
+Where a model's positions are in space and time (M-RoPE), compact ones close up the frames, rows and columns of a picture
+of which nothing is left, and what follows the picture; the others keep their arrangement.
+"""
 
 Rounding = Literal["floor", "round", "ceil"]
 

@@ -19,7 +19,7 @@ from transformers import Cache, PreTrainedModel
 
 from tokenreduce.attach.decoder import DECODER_SIGNALS, DecoderSite, Prefill
 from tokenreduce.attach.generation import refuse_chunks, translated
-from tokenreduce.attach.prompt import Prompt, shorten
+from tokenreduce.attach.prompt import Prompt, closed_up, shorten
 from tokenreduce.attach.vision import VISION_SIGNALS, ImageReduction, ReducedPicture, StepReduction, VisionSite
 from tokenreduce.models.family import ModelFamily, Picture, family_of
 from tokenreduce.reducer import (
@@ -63,16 +63,23 @@ class SampleReduction:
 
 
 @contextmanager
-def reduce_tokens(model: PreTrainedModel, reducer: TokenReducer | str, **knobs: Any) -> Iterator[Attachment]:
+def reduce_tokens(
+    model: PreTrainedModel,
+    reducer: TokenReducer | str,
+    *,
+    question: str | Sequence[str] | None = None,
+    **knobs: Any,
+) -> Iterator[Attachment]:
     """Reduce the visual tokens of ``model`` within this context.
 
     Inside, ``model.generate`` and ``model`` are called as before, with what the processor made; ``generate`` returns
-    the caller's
-    own prompt followed by the new tokens. The logits of a forward call have the shorter length. Outside, the model
-    is untouched.
+    the caller's own prompt followed by the new tokens. The logits of a forward call have the shorter length. Outside,
+    the model is untouched.
 
-    ``reducer`` is an instance, or a name with its knobs. Yields the :class:`Attachment`, whose ``samples`` tell what
-    was kept. Raises ``ValueError`` where the model cannot host the reducer, or already hosts one.
+    ``reducer`` is an instance, or a name with its knobs. ``question`` is what the prompts ask, in plain words: one text
+    for every prompt of a call, or one for all of them; only a reducer that reads it needs it. Yields the
+    :class:`Attachment`, whose ``samples`` tell what was kept. Raises ``ValueError`` where the model cannot host the
+    reducer, or already hosts one.
 
     >>> with reduce_tokens(model, "fopru_row", keep=0.25):  # doctest: +SKIP
     ...     model.generate(**inputs)
@@ -83,7 +90,7 @@ def reduce_tokens(model: PreTrainedModel, reducer: TokenReducer | str, **knobs: 
         raise TypeError(
             f"knobs go with a reducer's name; {reducer} is already set up, so {', '.join(knobs)} cannot be set"
         )
-    attachment = Attachment(family_of(model, MODELS.usable()), reducer)
+    attachment = Attachment(family_of(model, MODELS.usable()), reducer, question)
     with attachment.active():
         yield attachment
 
@@ -91,14 +98,18 @@ def reduce_tokens(model: PreTrainedModel, reducer: TokenReducer | str, **knobs: 
 class Attachment:
     """A reducer in a model.
 
-    samples: one :class:`SampleReduction` for every prompt of the last call with pictures.
-    prompt:  what was left of those prompts before the language model; None where nothing acts there.
+    samples:  one :class:`SampleReduction` for every prompt of the last call with pictures.
+    prompt:   what was left of those prompts before the language model; None where nothing acts there.
+    question: what the prompts of the next call ask, as for :func:`reduce_tokens`; can be set anew before every call.
     """
 
-    def __init__(self, family: ModelFamily, reducer: TokenReducer) -> None:
+    def __init__(
+        self, family: ModelFamily, reducer: TokenReducer, question: str | Sequence[str] | None = None
+    ) -> None:
         self.family = family
         self.model = family.model
         self.reducer = reducer
+        self.question = question
         self.samples: list[SampleReduction] = []
         self._generating: ContextVar[bool] = ContextVar("tokenreduce_generating", default=False)
         self._steps = list(reducer.steps(family.geometry))
@@ -246,7 +257,7 @@ class Attachment:
         assert self._vision is not None
         ids, given = inputs["input_ids"], inputs.get("attention_mask")
         mask = torch.ones_like(ids) if given is None else given
-        pictures = self._vision.reduce(inputs)
+        pictures = self._vision.reduce(inputs, self._questions(inputs) if self._vision.asks else ())
         rows = self.rows(inputs, [reduced.picture for reduced in pictures])
         left = [reduced.left() for reduced in pictures]
         kept = [
@@ -289,15 +300,23 @@ class Attachment:
         ``generate`` does not count padding, and in most models a plain forward call without position ids does: the
         reduced call does likewise.
         """
-        if not padding_counts:
-            compact = (prompt.mask.long().cumsum(-1) - 1).clamp(min=0)
-            return compact if self._compact else prompt.gather(prompt.positions)
-        first = self.family.first_position
-        if not self.family.counts_padding:
-            compact = (prompt.mask.long().cumsum(-1) - 1).clamp(min=0)
-            return first + (compact if self._compact else prompt.gather(prompt.positions))
-        columns = torch.arange(prompt.columns.shape[1], device=prompt.columns.device).expand(prompt.columns.shape)
-        return first + (columns if self._compact else prompt.columns)
+        counts = padding_counts and self.family.counts_padding
+        first = self.family.first_position if padding_counts else 0
+        if counts:
+            columns = torch.arange(prompt.columns.shape[1], device=prompt.columns.device).expand(prompt.columns.shape)
+            return first + (columns if self._compact else prompt.columns)
+        if not self._compact:
+            return first + prompt.gather(prompt.positions)
+        compact = (prompt.mask.long().cumsum(-1) - 1).clamp(min=0)
+        return first + (compact if prompt.positions.ndim == 2 else self._in_space(prompt, compact))
+
+    def _in_space(self, prompt: Prompt, compact: Tensor) -> Tensor:
+        """Positions in space and time, closed up, behind the plain ones ``(rows, shorter)``: ``(4, rows, shorter)``."""
+        positions = torch.cat([compact[None], prompt.gather(prompt.positions[1:])])
+        for row, visual in enumerate(self.visual(prompt.full)):
+            slots = prompt.mask[row] != 0
+            positions[1:, row, slots] = closed_up(prompt.positions[1:, row], visual, prompt.columns[row, slots])
+        return positions
 
     def _pad(self, ids: Tensor, mask: Tensor) -> int:
         """The token that stands at padding: the caller's own where there is some."""
@@ -334,6 +353,16 @@ class Attachment:
                     f"the prompts have placeholders for {total - len(waiting)} {modality}s, but there are {total}"
                 )
         return [sorted(row, key=lambda each: int(each[1][0])) for row in rows]
+
+    def _questions(self, inputs: Mapping[str, Any]) -> list[str]:
+        """What is asked about every picture of a call."""
+        rows = self.rows(inputs, self.family.pictures(inputs))
+        if self.question is None:
+            raise ValueError(f"{type(self.reducer).__name__} reads the question: pass question= to reduce_tokens")
+        asked = [self.question] * len(rows) if isinstance(self.question, str) else self.question
+        if len(asked) != len(rows):
+            raise ValueError(f"{len(asked)} questions do not fit {len(rows)} prompts: give one for each, or one text")
+        return [text for _, text in sorted((number, asked[row]) for row, own in enumerate(rows) for number, _ in own)]
 
     def _record(
         self,

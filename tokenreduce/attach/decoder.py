@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from tokenreduce.attach import taps
+from tokenreduce.attach.prompt import closed_up
 from tokenreduce.attach.selecting import checked
 from tokenreduce.reducer import AtDecoder, Geometry, Grid, Span, TokenReducer, VisualTokens, layer_index
 from tokenreduce.signals import (
@@ -48,6 +49,7 @@ class Stage:
     lost:    ``(rows,)`` long, by how much the position ids of what follows become smaller where they close up.
     compact: whether positions close up behind what is gone.
     length:  how wide the whole prompt is.
+    spatial: ``(3, rows, n)`` long, closed up positions in space and time, where the model has such.
     """
 
     layer: int
@@ -56,6 +58,7 @@ class Stage:
     lost: Tensor
     compact: bool
     length: int
+    spatial: Tensor | None = None
 
 
 @dataclass
@@ -123,6 +126,7 @@ class DecoderSite:
                 raise ValueError("a step at the input of decoder layer 0 is a step at the projector: use AtProjector")
             self.steps.setdefault(layer, []).append(step)
         self._prefill: ContextVar[Prefill | None] = ContextVar("tokenreduce_prefill", default=None)
+        self._spatial: ContextVar[Tensor | None] = ContextVar("tokenreduce_positions", default=None)
         signals = [signal for step in steps for signal in step.sees]
         self._watched = {
             layer_index(signal.layer, len(self.layers)) for signal in signals if isinstance(signal, DecoderAttention)
@@ -139,7 +143,7 @@ class DecoderSite:
         with ExitStack() as stack:
             tapped = [self.layers[layer].self_attn for layer in sorted({*self._watched, *self._looks_ahead})]
             stack.enter_context(taps.installed(tapped))
-            stack.callback(self.decoder.register_forward_pre_hook(self._take_deepstack, with_kwargs=True).remove)
+            stack.callback(self.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True).remove)
             for number, layer in enumerate(self.layers):
                 hook = layer.register_forward_pre_hook(self._hook(number), with_kwargs=True)
                 stack.callback(hook.remove)
@@ -160,8 +164,11 @@ class DecoderSite:
         finally:
             self._prefill.reset(token)
 
-    def _take_deepstack(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Take over from the model what it would add to all visual tokens, of which some will be gone by then."""
+    def _before_decoder(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Note positions in space and time, which the layers are not told, and take over from the model what it would
+        add to all visual tokens, of which some will be gone by then."""
+        positions = kwargs.get("position_ids")
+        self._spatial.set(positions[-3:] if positions is not None and positions.ndim == 3 else None)
         prefill, added = self._prefill.get(), kwargs.get("deepstack_visual_embeds")
         if prefill is None or added is None:
             return None
@@ -286,10 +293,24 @@ class DecoderSite:
         counted = self._counted(prefill.valid, positions)
         lost = counted.amax(-1) - counted.masked_fill(~prefill.valid, torch.iinfo(torch.long).max).amin(-1)
         lost = lost + 1 - valid.sum(-1)
+        spatial = self._spatial.get() if compact else None
+        if spatial is not None:
+            spatial, lost = self._closed_up(prefill, spatial.expand(-1, rows, -1), columns, valid)
         if prefill.stages and prefill.stages[-1].layer == number:
             prefill.stages.pop()  # two steps at one layer leave one stage
-        prefill.stages.append(Stage(number, columns, valid, lost, compact, prefill.valid.shape[1]))
+        prefill.stages.append(Stage(number, columns, valid, lost, compact, prefill.valid.shape[1], spatial))
         return shorter
+
+    @staticmethod
+    def _closed_up(prefill: Prefill, spatial: Tensor, columns: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions in space and time ``(3, rows, n)`` without the gaps, and by how much what follows moves up."""
+        closed = spatial.new_zeros(len(spatial), *columns.shape)
+        for row, own in enumerate(valid):
+            visual = torch.zeros_like(prefill.valid[row])
+            visual[prefill.entered[row]] = True
+            closed[:, row, own] = closed_up(spatial[:, row], visual, columns[row, own])
+        before = spatial.masked_fill(~prefill.valid, -1).amax((0, 2))
+        return closed, before - closed.masked_fill(~valid, -1).amax((0, 2))
 
     # What the layers behind a cut are handed.
 
@@ -303,7 +324,8 @@ class DecoderSite:
             if stage.compact:
                 first = counted.masked_fill(~prefill.valid, torch.iinfo(torch.long).max).amin(-1, keepdim=True)
                 positions = first + (stage.valid.long().cumsum(-1) - 1).clamp(min=0)
-                angles = self._rotary(hidden, positions.masked_fill(~stage.valid, 0), number)
+                positions = positions.masked_fill(~stage.valid, 0)
+                angles = self._rotary(hidden, positions if stage.spatial is None else stage.spatial, number)
             else:
                 positions = counted.gather(1, stage.columns)
                 angles = tuple(_columns(each, stage.columns) for each in kwargs["position_embeddings"])
@@ -360,6 +382,9 @@ class DecoderSite:
                 positions = (stage.lost + stage.valid.sum(-1))[:, None] + behind
             positions = positions.expand(rows, -1) - stage.lost[:, None]
             changed["position_ids"] = None if kwargs.get("position_ids") is None else positions
+            spatial = self._spatial.get()
+            if stage.spatial is not None and spatial is not None:
+                positions = spatial.expand(-1, rows, -1) - stage.lost[:, None]
             changed["position_embeddings"] = self._rotary(hidden, positions, number)
         mask, window = kwargs.get("attention_mask"), sliding_window(self.decoder, number)
         slides = window is not None and width + new > window

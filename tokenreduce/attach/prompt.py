@@ -97,3 +97,28 @@ def shorten(
         packed_mask[row, place] = 1
     positions = positions.expand(*positions.shape[:-2], *input_ids.shape)
     return Prompt(input_ids, attention_mask, packed, packed_mask, positions, pad)
+
+
+def closed_up(positions: Tensor, visual: Tensor, columns: Tensor) -> Tensor:
+    """Positions in space and time of what is left of one prompt, without the gaps: ``(axes, n)``.
+
+    positions: ``(axes, length)`` long, those of the whole prompt; visual: ``(length,)`` bool, where its visual tokens
+    stand; columns: ``(n,)`` long, what is left.
+
+    Along every axis the visual tokens that are left of a picture take its first positions, so that rows, columns and
+    frames of which nothing is left close up and the others keep their arrangement; what follows moves up as far.
+    """
+    result = positions[:, columns]
+    edges = torch.nn.functional.pad(visual.long(), (1, 1)).diff()
+    runs = list(zip((edges == 1).nonzero()[:, 0].tolist(), (edges == -1).nonzero()[:, 0].tolist(), strict=True))
+    moved = torch.zeros_like(columns)
+    for start, end in runs:
+        own, whole = (columns >= start) & (columns < end), positions[:, start:end]
+        last = whole.min() - 1
+        if bool(own.any()):
+            for axis, values in enumerate(whole):
+                _, places = result[axis, own].unique(return_inverse=True)
+                result[axis, own] = values.unique()[places]
+            last = result[:, own].max()
+        moved = torch.where(columns >= end, moved + (whole.max() - last), moved)
+    return result - moved

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from tokenreduce.attach import taps
+from tokenreduce.attach.clip import clip_space
 from tokenreduce.attach.selecting import checked
 from tokenreduce.models.family import Inputs, Modality, ModelFamily, Picture, Tile
 from tokenreduce.reducer import (
@@ -30,10 +31,10 @@ from tokenreduce.reducer import (
     VisualTokens,
     layer_index,
 )
-from tokenreduce.signals import Attention, ClassToken, EncoderAttention, EncoderHidden, TokenSizes
+from tokenreduce.signals import Attention, ClassToken, EncoderAttention, EncoderHidden, QuestionLikeness, TokenSizes
 from tokenreduce.stopwatch import part
 
-VISION_SIGNALS = (EncoderAttention, EncoderHidden, ClassToken, TokenSizes)
+VISION_SIGNALS = (EncoderAttention, EncoderHidden, ClassToken, TokenSizes, QuestionLikeness)
 """The signals that a step before the language model can see."""
 
 
@@ -129,11 +130,13 @@ class ReducedTile:
 
 @dataclass(eq=False)
 class ReducedPicture:
-    """One image or video on its way: its tiles, and the features ``(placeholders, dim)`` of its special tokens."""
+    """One image or video on its way: its tiles, the features ``(placeholders, dim)`` of its special tokens, and what is
+    asked about it."""
 
     picture: Picture
     tiles: list[ReducedTile]
     packed: tuple[Tensor, ...] = ()
+    question: str = ""
 
     @classmethod
     def whole(cls, picture: Picture) -> ReducedPicture:
@@ -198,6 +201,7 @@ class _Encoding:
     modality: Modality
     attention: taps.Captures = field(default_factory=dict)
     hidden: dict[int, Tensor] = field(default_factory=dict)
+    questions: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     merged: Tensor | None = None
     update: Tensor | None = None
 
@@ -228,7 +232,8 @@ class VisionSite:
             if isinstance(signal, EncoderAttention)
         }
         self._hidden = {layer_index(signal.layer, depth) for signal in signals if isinstance(signal, EncoderHidden)}
-        if any(isinstance(signal, ClassToken) for signal in signals):
+        self.asks = any(isinstance(signal, QuestionLikeness) for signal in signals)
+        if self.asks or any(isinstance(signal, ClassToken) for signal in signals):
             self._hidden.add(family.geometry.feature_layer)
         self._inside: dict[int, list[AtEncoder]] = {}
         for step in self.steps:
@@ -260,9 +265,14 @@ class VisionSite:
             for hook in hooks:
                 stack.callback(hook.remove)
 
-    def reduce(self, inputs: Inputs) -> list[ReducedPicture]:
-        """Encode every picture of the call and run the reducer's steps on it, up to the projector."""
+    def reduce(self, inputs: Inputs, questions: Sequence[str] = ()) -> list[ReducedPicture]:
+        """Encode every picture of the call and run the reducer's steps on it, up to the projector.
+
+        ``questions`` holds what is asked about every picture, if the reducer ``asks``.
+        """
         pictures = [ReducedPicture.whole(picture) for picture in self.family.pictures(inputs)]
+        for picture, question in zip(pictures, questions, strict=False):
+            picture.question = question
         for step in self.steps:
             if isinstance(step, AtInput):
                 inputs = self._resize(step, inputs, [tile for picture in pictures for tile in picture.tiles])
@@ -340,18 +350,29 @@ class VisionSite:
                 case EncoderAttention():
                     return self._view(encoding, encoding.attention[self._attention[encoding.modality, signal]], tile)
                 case EncoderHidden(layer=layer):
-                    layer = layer_index(layer, self.family.geometry.encoder_layers)
-                    states = self._sequence(encoding, encoding.hidden[layer], tile)[class_token + tile.patches]
-                    return states.mean(1) if states.ndim == 3 else states
+                    return self._states(encoding, layer_index(layer, self.family.geometry.encoder_layers), tile)
                 case ClassToken():
                     if not class_token:
                         raise ValueError(f"{type(self.family).__name__}'s vision encoder has no class token")
                     return self._sequence(encoding, encoding.hidden[self.family.geometry.feature_layer], tile)[0]
+                case QuestionLikeness(clip=checkpoint):
+                    states = self._states(encoding, self.family.geometry.feature_layer, tile)
+                    space = clip_space(checkpoint, states.device)
+                    text = next(picture.question for picture in encoding.pictures if tile in picture.tiles)
+                    if (checkpoint, text) not in encoding.questions:
+                        encoding.questions[checkpoint, text] = space.question(text)
+                    return space.patches(states) @ encoding.questions[checkpoint, text].T
                 case TokenSizes():
                     return torch.ones(len(tile.index), device=tile.index.device) if tile.sizes is None else tile.sizes
             raise KeyError(f"{signal} does not exist before the language model")
 
         return value
+
+    def _states(self, encoding: _Encoding, layer: int, tile: ReducedTile) -> Tensor:
+        """The states of one tile's tokens after an encoder layer: ``(tokens, dim)``."""
+        class_token = int(self.family.geometry.class_token)
+        states = self._sequence(encoding, encoding.hidden[layer], tile)[class_token + tile.patches]
+        return states.mean(1) if states.ndim == 3 else states
 
     @staticmethod
     def _sequence(encoding: _Encoding, states: Tensor, tile: ReducedTile) -> Tensor:

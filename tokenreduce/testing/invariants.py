@@ -299,11 +299,11 @@ def _literal(model: PreTrainedModel, single: Inputs, reducer: TokenReducer) -> T
     order, visual, levels = _entering(attachment, reducer, single)
     text_ids = ids.masked_fill(attachment.visual(ids), 0)
     compact = any(type(step) is not AtDecoder for step in _steps(reducer, model)) and _compact(reducer, model)
-    positions = family.positions(single)[..., 0, :] + family.first_position
-    positions = positions[..., order].reshape(-1, len(order))[-3:]  # three rows where positions are in space and time
-    if compact:
-        positions = torch.arange(len(order))[None] + family.first_position
-    first, columns = int(positions.min()), torch.arange(len(order))
+    whole = family.positions(single)[..., 0, :] + family.first_position
+    whole = whole.reshape(-1, len(ids))[-3:]  # three rows where positions are in space and time
+    positions = _without_gaps(whole, attachment.visual(ids), order) if compact else whole[:, order]
+    columns = torch.arange(len(order))
+    entering, entered = positions, list(visual)
     blocks = family.blocks(single)
     blocks = None if blocks is None else blocks[0, order]
     with torch.no_grad():
@@ -325,7 +325,9 @@ def _literal(model: PreTrainedModel, single: Inputs, reducer: TokenReducer) -> T
                 deeper = [added[:, stays] for added in deeper]
                 blocks = None if blocks is None else blocks[stays]
                 if reducer.positions_after(step) == "compact":
-                    positions = first + torch.arange(len(columns))[None]
+                    flags = torch.zeros(len(order), dtype=torch.bool)
+                    flags[entered] = True
+                    positions = _without_gaps(entering, flags, columns)
                 visual = [stays.index(slot) for slot in kept]
             kind = _kind(decoder, number)
             places = positions[:, None] if len(positions) > 1 else positions
@@ -359,6 +361,29 @@ def _entering(attachment: Attachment, reducer: TokenReducer, single: Inputs) -> 
         slots[slot] = column
     levels = [torch.cat(level) for level in zip(*(features for *_, features in left if features), strict=True)]
     return torch.tensor(slots), visual, levels
+
+
+def _without_gaps(whole: Tensor, visual: Tensor, kept: Tensor) -> Tensor:
+    """Positions ``(axes, n)`` of the slots ``kept`` of a sequence with positions ``(axes, length)``, token by token."""
+    slots, result, place, back = kept.tolist(), torch.empty(len(whole), len(kept), dtype=torch.long), 0, 0
+    if len(whole) == 1:
+        return whole[0, 0] + torch.arange(len(slots))[None]
+    while place < len(visual):
+        end = place + 1
+        while visual[place] and end < len(visual) and visual[end]:
+            end += 1
+        here = [slot for slot in range(len(slots)) if place <= slots[slot] < end]
+        top = int(whole[:, place:end].min()) - 1
+        for axis in range(len(whole)):
+            values = sorted(set(whole[axis, place:end].tolist()))
+            left = sorted({int(whole[axis, slots[slot]]) for slot in here})
+            for slot in here:
+                result[axis, slot] = values[left.index(int(whole[axis, slots[slot]]))] - back
+            top = max([top, *values[: len(left)]])
+        if visual[place]:
+            back += int(whole[:, place:end].max()) - top
+        place = end
+    return result
 
 
 def _compact(reducer: TokenReducer, model: PreTrainedModel) -> bool:

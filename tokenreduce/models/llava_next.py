@@ -1,0 +1,85 @@
+"""LLaVA-NeXT: an overview tile and a grid of tiles without its padding, every row of which ends with a newline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+from tokenreduce.models.family import Inputs, Modality, Picture, Tile
+from tokenreduce.models.llava import Llava
+from tokenreduce.reducer import AtDecoder, AtEncoder, AtEncoderOutput, AtInput, AtProjector, Grid, Step
+
+
+class LlavaNext(Llava):
+    """LLaVA-NeXT (1.6). Every tile is reduced by itself, without what lies in the padding."""
+
+    classes = ("LlavaNextForConditionalGeneration",)
+    sites = (AtEncoderOutput, AtProjector, AtDecoder)
+    unhosted: ClassVar[Mapping[type[Step], str]] = {
+        AtInput: "its tiles have the vision tower's size",
+        AtEncoder: "its tiles are put together whole",
+    }
+
+    def pictures(self, inputs: Inputs) -> list[Picture]:
+        side = self.model.config.vision_config.image_size // self.model.config.vision_config.patch_size
+        pictures, first = [], 0
+        for pixels, size in zip(inputs["pixel_values"], inputs["image_sizes"], strict=True):
+            count = self.tile_count(size)
+            places = torch.arange(count * side**2, dtype=torch.float64).view(count, side**2, 1)
+            packed = self.packed(places, size)
+            pictures.append(tiled(packed, side, count, first, pixels[:count]))
+            first += count
+        return pictures
+
+    def tile_count(self, size: Tensor) -> int:
+        """How many tiles a picture of ``size`` (height, width) is cut into."""
+        config = self.model.config
+        return image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
+
+    def packed(self, places: Tensor, size: Tensor) -> Tensor:
+        """One picture's tiles ``(tiles, tokens, 1)`` in the model's own packing, -1 at newlines: ``(placeholders,)``."""
+        packed, _ = self.model.base_model.pack_image_features(
+            [places], size[None], vision_feature_select_strategy="default", image_newline=places.new_tensor([-1.0])
+        )
+        return packed[0].flatten().long()
+
+    def encode(self, inputs: Inputs, modality: Modality = "image") -> list[tuple[Tensor, ...]]:
+        encoded = self.model.base_model.get_image_features(
+            pixel_values=inputs["pixel_values"], image_sizes=inputs["image_sizes"], return_dict=True
+        )
+        return [(features,) for features in encoded.pooler_output]
+
+    def some(self, inputs: Inputs, pictures: slice, modality: Modality = "image") -> Inputs:
+        return {name: inputs[name][pictures] for name in self.vision_inputs}
+
+    @property
+    def vision_inputs(self) -> tuple[str, ...]:
+        return ("pixel_values", "image_sizes")
+
+
+def tiled(packed: Tensor, side: int, count: int, first: int, pixels: Tensor) -> Picture:
+    """A picture of ``count`` tiles of ``side`` x ``side`` patches, the first of which is encoder sequence ``first``.
+
+    packed: ``(placeholders,)`` long, the patch, counted through the tiles, that stands at every placeholder; -1 for a
+            newline. A tile's patches in it form a rectangle, for what lies in the picture's padding is left out.
+    """
+    tiles: list[Tile] = []
+    tokens, before = packed.clone(), 0
+    for number in range(count):
+        own = packed[(packed >= 0) & (packed // side**2 == number)].sort().values
+        if not len(own):
+            continue
+        patches = own % side**2
+        width = len((patches % side).unique())
+        tokens[torch.isin(packed, own)] = before + torch.searchsorted(own, packed[torch.isin(packed, own)])
+        tiles.append(Tile(Grid(len(own) // width, width), patches, first + number, None, side**2))
+        before += len(own)
+    newline = packed < 0
+    overview = len(tiles[0].patches) if count > 1 else 0
+    lines = newline.long().cumsum(0) - newline.long() + 1
+    lines[:overview] = 0
+    return Picture("image", tuple(tiles), tokens, lines, pixels)

@@ -1,0 +1,51 @@
+"""Qwen2.5-VL: as Qwen2-VL, with attention in windows, for which its tower puts the patches in another order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.vision_utils import get_vision_window_index
+
+from tokenreduce.models.family import Modality
+from tokenreduce.models.qwen2_vl import Qwen2VL, merger_flops, patch_flops
+
+
+class Qwen2_5VL(Qwen2VL):
+    """Qwen2.5-VL. For a layer whose attention stays in windows stands the nearest one that sees whole frames."""
+
+    classes = ("Qwen2_5_VLForConditionalGeneration",)
+
+    def packed_places(self, layout: Tensor) -> Tensor:
+        vision = self.model.config.vision_config
+        window_index, _ = get_vision_window_index(
+            layout,
+            spatial_merge_size=vision.spatial_merge_size,
+            window_size=vision.window_size,
+            patch_size=vision.patch_size,
+            kwargs={},
+        )
+        group = vision.spatial_merge_size**2
+        return (window_index.argsort()[:, None] * group + torch.arange(group)).flatten()
+
+    def encoder_attention(self, modality: Modality = "image") -> Sequence[nn.Module]:
+        modules = super().encoder_attention(modality)
+        whole = self.model.config.vision_config.fullatt_block_indexes
+        nearest = [min(whole, key=lambda layer: (abs(layer - number), -layer)) for number in range(len(modules))]
+        return [modules[layer] for layer in nearest]
+
+    def vision_flops(self, patches: int) -> float:
+        vision, width = self.model.config.vision_config, self.model.config.vision_config.hidden_size
+        window = min(patches, (vision.window_size // vision.patch_size) ** 2)
+        whole = len(vision.fullatt_block_indexes)
+        attention = 4 * patches * width * (whole * patches + (vision.depth - whole) * window)
+        layer = 8 * patches * width**2 + 6 * patches * width * vision.intermediate_size
+        merged: Any = width * vision.spatial_merge_size**2
+        return (
+            patch_flops(patches, vision, width)
+            + vision.depth * layer
+            + attention
+            + merger_flops(patches, vision, merged, vision.out_hidden_size)
+        )

@@ -1,0 +1,121 @@
+"""Qwen2-VL: pictures of any size in one packed sequence, 2 x 2 patches to a token, positions in space and time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tokenreduce.models.family import Inputs, Modality, ModelFamily, Picture, Tile
+from tokenreduce.reducer import AtDecoder, AtEncoder, AtEncoderOutput, AtInput, AtProjector, Geometry, Grid, Step
+
+_NAMES: Mapping[Modality, tuple[str, str]] = {
+    "image": ("pixel_values", "image_grid_thw"),
+    "video": ("pixel_values_videos", "video_grid_thw"),
+}
+
+
+class Qwen2VL(ModelFamily):
+    """Qwen2-VL. A video's frames (pairs of them, as the tower takes them) are tiles of it."""
+
+    classes: ClassVar[tuple[str, ...]] = ("Qwen2VLForConditionalGeneration",)
+    sites = (AtProjector, AtDecoder)
+    unhosted: ClassVar[Mapping[type[Step], str]] = {
+        AtInput: "its processor cuts pictures into patches: ask that for smaller ones by max_pixels",
+        AtEncoder: "its merger needs whole blocks of patches",
+        AtEncoderOutput: "its merger makes one visual token of several patches",
+    }
+    counts_padding = False
+
+    @property
+    def geometry(self) -> Geometry:
+        depth = self.model.config.vision_config.depth
+        return Geometry(
+            encoder_layers=depth,
+            decoder_layers=self.model.config.text_config.num_hidden_layers,
+            feature_layer=depth - 1,
+            class_token=False,
+        )
+
+    @property
+    def placeholders(self) -> Mapping[Modality, int]:
+        return {"image": self.model.config.image_token_id, "video": self.model.config.video_token_id}
+
+    @property
+    def vision_inputs(self) -> tuple[str, ...]:
+        return ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
+
+    def pictures(self, inputs: Inputs) -> list[Picture]:
+        return [
+            picture
+            for modality, (_, layout) in _NAMES.items()
+            if inputs.get(layout) is not None
+            for picture in self._pictures(inputs, modality)
+        ]
+
+    def _pictures(self, inputs: Inputs, modality: Modality) -> list[Picture]:
+        pixels, layout = (inputs[name] for name in _NAMES[modality])
+        merge = self.model.config.vision_config.spatial_merge_size
+        places = self.packed_places(layout.cpu())
+        pictures, first = [], 0
+        for time, height, width in layout.tolist():
+            tiles = []
+            for frame in range(time):
+                extent = slice(first + frame * height * width, first + (frame + 1) * height * width)
+                patches = places[extent].view(-1, merge**2) - extent.start
+                tiles.append(Tile(Grid(height // merge, width // merge), patches, 0, extent, height * width))
+            tokens = torch.arange(time * height * width // merge**2)
+            last = first + time * height * width
+            pictures.append(Picture(modality, tuple(tiles), tokens, torch.zeros_like(tokens), pixels[first:last]))
+            first = last
+        return pictures
+
+    def packed_places(self, layout: Tensor) -> Tensor:
+        """Where every patch of pictures of ``layout`` (pictures, 3) stands in the tower's sequence: ``(patches,)``."""
+        return torch.arange(int(layout.prod(-1).sum()))
+
+    def encoder_layers(self, modality: Modality = "image") -> Sequence[nn.Module]:
+        return self.model.base_model.visual.blocks
+
+    def encoder_attention(self, modality: Modality = "image") -> Sequence[nn.Module]:
+        layers: Sequence[Any] = self.encoder_layers(modality)
+        return [layer.attn for layer in layers]
+
+    def encode(self, inputs: Inputs, modality: Modality = "image") -> list[tuple[Tensor, ...]]:
+        return [(features,) for features in self.encoded(inputs, modality).pooler_output]
+
+    def encoded(self, inputs: Inputs, modality: Modality) -> Any:
+        """The model's own output for all pictures of a modality."""
+        encode = getattr(self.model.base_model, f"get_{modality}_features")
+        return encode(*(inputs[name] for name in _NAMES[modality]), return_dict=True)
+
+    def some(self, inputs: Inputs, pictures: slice, modality: Modality = "image") -> Inputs:
+        pixels, layout = _NAMES[modality]
+        chosen = self._pictures(inputs, modality)[pictures]
+        return {pixels: torch.cat([picture.pixels for picture in chosen]), layout: inputs[layout][pictures]}
+
+    def positions(self, inputs: Inputs) -> Tensor:
+        known = {name: value for name, value in inputs.items() if name != "past_key_values"}
+        return self.model._prepare_position_ids_for_generation(inputs["input_ids"], known)
+
+    def vision_flops(self, patches: int) -> float:
+        vision, text = self.model.config.vision_config, self.model.config.text_config
+        width, merged = vision.embed_dim, vision.embed_dim * vision.spatial_merge_size**2
+        layer = 8 * patches * width**2 + 4 * patches**2 * width + 4 * patches * width**2 * vision.mlp_ratio
+        return (
+            patch_flops(patches, vision, width)
+            + vision.depth * layer
+            + merger_flops(patches, vision, merged, text.hidden_size)
+        )
+
+
+def patch_flops(patches: int, vision: Any, width: int) -> float:
+    """FLOPs of embedding patches that reach over ``temporal_patch_size`` frames."""
+    return 2 * patches * vision.in_channels * vision.temporal_patch_size * vision.patch_size**2 * width
+
+
+def merger_flops(patches: int, vision: Any, merged: int, width: int) -> float:
+    """FLOPs of the two-layer network that makes one token of a square of ``spatial_merge_size`` patches a side."""
+    return 2 * patches / vision.spatial_merge_size**2 * merged * (merged + width)

@@ -1,0 +1,37 @@
+"""Qwen3-VL: as Qwen2-VL, and features of the tower's deeper layers are added behind the first decoder layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
+
+from tokenreduce.flops import encoder_layer_flops
+from tokenreduce.models.family import Inputs, Modality
+from tokenreduce.models.qwen2_vl import Qwen2VL, merger_flops, patch_flops
+
+
+class Qwen3VL(Qwen2VL):
+    """Qwen3-VL. The added features of a visual token go where it goes; of merged ones their mean is added."""
+
+    classes = ("Qwen3VLForConditionalGeneration",)
+
+    def encode(self, inputs: Inputs, modality: Modality = "image") -> list[tuple[Tensor, ...]]:
+        encoded = self.encoded(inputs, modality)
+        return list(zip(encoded.pooler_output, *encoded.deepstack_features, strict=True))
+
+    def outputs(self, rows: Sequence[Sequence[Tensor]]) -> BaseModelOutputWithPooling:
+        features, *deeper = (list(level) for level in rows)
+        return BaseModelOutputWithDeepstackFeatures(pooler_output=features, deepstack_features=deeper)
+
+    def vision_flops(self, patches: int) -> float:
+        vision = self.model.config.vision_config
+        mergers = 1 + len(vision.deepstack_visual_indexes)
+        merged = vision.hidden_size * vision.spatial_merge_size**2
+        return (
+            patch_flops(patches, vision, vision.hidden_size)
+            + vision.depth * encoder_layer_flops(patches, vision)
+            + mergers * merger_flops(patches, vision, merged, vision.out_hidden_size)
+        )
