@@ -175,14 +175,17 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", root / "cache")
         datasets.disable_progress_bars()
         for name, files in FILES.items():
-            configs = []
+            configs, sizes = [], []
             for place, table in files.items():
                 (root / name / place).parent.mkdir(parents=True, exist_ok=True)
                 table.to_parquet(root / name / f"{place}-00000-of-00001.parquet")
                 subset, split = place.split("/")
                 config = "default" if subset == "data" else subset
                 configs.append(f"- config_name: {config}\n  data_files:\n  - split: {split}\n    path: {place}-*\n")
-            (root / name / "README.md").write_text("---\nconfigs:\n" + "".join(configs) + "---\n", encoding="utf-8")
+                size = f"  splits:\n  - name: {split}\n    num_bytes: {table.data.nbytes}\n    num_examples: {len(table)}\n"
+                sizes.append(f"- config_name: {config}\n{size}")
+            card = "---\nconfigs:\n" + "".join(configs) + "dataset_info:\n" + "".join(sizes) + "---\n"
+            (root / name / "README.md").write_text(card, encoding="utf-8")
         yield root
         datasets.enable_progress_bars()
 
@@ -316,8 +319,6 @@ def test_streaming_reads_no_further_than_it_is_asked(presets: Presets, monkeypat
             yield row
 
     monkeypatch.setattr(datasets.IterableDataset, "decode", counted)
-    recorded = {"test": datasets.SplitInfo("test", num_examples=3)}  # as the hub's data sets do it
-    monkeypatch.setattr(datasets.DatasetInfo, "splits", recorded)
     stream = replace(presets["pope"][0], streaming=True)
     assert len(stream) == 3
     assert stream[0].answers == ("yes",)
@@ -337,6 +338,14 @@ def test_settings_are_sent_to_another_process_and_rows_are_not(presets: Presets)
     assert len(sent := pickle.dumps(stream)) < 2000
     assert pickle.loads(sent) == stream
     assert pickle.loads(sent)[0] == stream[0]
+
+
+def test_no_other_split_is_fetched(hub: Path) -> None:
+    folder = hub / "splits" / "data"
+    folder.mkdir(parents=True)
+    CHARTQA.to_parquet(folder / "test-00000-of-00001.parquet")
+    (folder / "train-00000-of-00001.parquet").write_bytes(b"opening this would fail")
+    assert len(HubDataset(path=str(folder.parent))) == 2
 
 
 def test_shuffling_is_seeded(presets: Presets) -> None:
@@ -382,8 +391,8 @@ def test_mistakes_are_told(presets: Presets, hub: Path, monkeypatch: pytest.Monk
     pope, _ = presets["pope"]
     with pytest.raises(ValueError, match=r"row 0 of .*pope test has no column 'questio': did you mean 'question'\?"):
         replace(pope, question_column="questio")[0]
-    with pytest.raises(ValueError, match=r"Unknown split \"validation\"\. Should be one of \['test'\]"):
-        len(replace(pope, split="validation"))
+    with pytest.raises(ValueError, match=r"pope has no split 'tests': did you mean 'test'\?"):
+        len(replace(pope, split="tests"))
     with pytest.raises(ValueError, match="'nope' not found"):
         len(replace(pope, subset="nope"))
     with pytest.raises(FileNotFoundError):

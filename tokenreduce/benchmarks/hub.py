@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from PIL import Image
 
 from tokenreduce.benchmarks.tabular import Row, TabularBenchmark
+from tokenreduce.knobs import nearest
 
 _CHUNK = 1 << 22
 
@@ -74,7 +75,7 @@ class HubDataset(TabularBenchmark):
             return " ".join(str(builder.hash) for builder in builders)
         digest = hashlib.blake2b(digest_size=16)
         for builder in builders:
-            for file in sorted(builder.config.data_files[self.split]):
+            for file in sorted(self._files(builder)):
                 with Path(file).open("rb") as content:
                     while chunk := content.read(_CHUNK):
                         digest.update(chunk)
@@ -89,23 +90,39 @@ class HubDataset(TabularBenchmark):
         return [self.subset, *([self.images_subset] if self.images_subset else [])]
 
     def _builder(self, subset: str | None) -> Any:
+        return self._builder_of(self.path, name=subset, revision=self.revision)
+
+    def _builder_of(self, path: str, **options: Any) -> Any:
         try:
             import datasets  # here: it is an optional dependency, and slow to import
         except ImportError as error:
             raise ValueError("data sets of the hub need a library: pip install 'tokenreduce[datasets]'") from error
-        return datasets.load_dataset_builder(self.path, subset, revision=self.revision)
+        return datasets.load_dataset_builder(path, **options)
 
     def _load(self) -> Sequence[Row]:
         builder = self._builder(self.subset)
         if self.streaming:
+            self._files(builder)
             recorded = (builder.info.splits or {}).get(self.split)
             rows = builder.as_streaming_dataset(self.split).decode(False)
             return _Stream(iter(rows), recorded.num_examples if recorded else None)
         return self._downloaded(builder)
 
     def _downloaded(self, builder: Any) -> Any:
+        """The rows on disk. Where they are not there yet, this split's files alone are fetched, if that can be done."""
+        files = self._files(builder)
+        if files and builder.info.builder_name == "parquet" and not Path(builder.cache_dir).exists():
+            features = builder.info.features
+            builder = self._builder_of("parquet", data_files={self.split: files}, features=features)
         builder.download_and_prepare()
         return _undecoded(builder.as_dataset(self.split), self.image_column)
+
+    def _files(self, builder: Any) -> list[str]:
+        """Where the split's files are; none are known of what comes out of a cache without a network."""
+        files = {str(split): found for split, found in (builder.config.data_files or {}).items()}
+        if files and self.split not in files:
+            raise ValueError(f"{self.path} has no split {self.split!r}: {nearest(self.split, list(files))}")
+        return [str(file) for file in files.get(self.split, [])]
 
     @cached_property
     def _texts(self) -> Any:
