@@ -126,7 +126,7 @@ def _rehearse(runner: Runner, reducer: TokenReducer) -> None:
         except Exception:  # an unreadable image becomes a record with its error later; any other will do here
             continue
         inputs = runner.inputs([sample])  # outside of inference mode: they are kept, and used without it
-        with reduce_tokens(runner.model, reducer), torch.inference_mode():
+        with reduce_tokens(runner.model, reducer, question=sample.question), torch.inference_mode():
             runner.model.generate(**inputs, max_new_tokens=1, do_sample=False)
         return
 

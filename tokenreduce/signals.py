@@ -43,6 +43,19 @@ class TokenSizes:
 
 
 @dataclass(frozen=True)
+class QuestionLikeness:
+    """Cosines of every visual token with every segment of the question that is asked about the picture, in the space
+    that the two towers of a CLIP model share: ``(tokens, segments)``, float32. A segment is what the text tower takes
+    at once; most questions are one.
+
+    clip: the CLIP model that the vision encoder comes from: a directory, or a name on the hub. It is loaded when first
+          asked for.
+    """
+
+    clip: str
+
+
+@dataclass(frozen=True)
 class DecoderAttention:
     """Self-attention of one layer of the language model in prefill, as an :class:`Attention`."""
 

@@ -3,43 +3,42 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from tokenreduce.reducer import AtProjector, Geometry, Keep, Selection, Step, TokenReducer, VisualTokens
-
-
-@dataclass(frozen=True)
-class QuestionLikeness:
-    """Cosines of every visual token with every segment of the question in the space that CLIP's two towers share:
-    ``(tokens, segments)``. It takes the text tower and the raw question, which no family supplies so far."""
+from tokenreduce.signals import QuestionLikeness
 
 
 @dataclass(frozen=True)
 class CdPruner(TokenReducer):
     """Keep the most diverse tokens, given how relevant each is to the question.
 
-    ``sign`` is -1 as in the official code: with the patch features of LLaVA's CLIP, tokens *unlike* the question are
-    the relevant ones; other encoders want 1. Relevance is scaled within one image, where the official code takes all
-    images and tiles of a call together. Where more tokens are asked for than the kernel has dimensions, the official
-    code gives NaN, and this one goes on picking.
-    Not registered: a model that does not supply :class:`QuestionLikeness` refuses it.
+    clip: the CLIP model that the vision encoder comes from, a directory or a name on the hub: its text tower reads the
+          question, which ``reduce_tokens(..., question=)`` takes.
+    sign: -1 as in the official code: with the patch features of LLaVA's CLIP, tokens *unlike* the question are the
+          relevant ones; other encoders want 1.
+
+    Relevance is scaled within one image or tile, where the official code takes all of a call together. Where more
+    tokens are asked for than the kernel has dimensions, the official code gives NaN, and this one goes on picking.
+    Presets: cdpruner_64, cdpruner_128 and cdpruner_192, the published budgets.
     """
 
     paper: ClassVar[str] = "2506.10967"
-    parity: ClassVar[str] = "official vectors, 5 cases; cannot be attached before a text tower is supplied"
+    parity: ClassVar[str] = "official vectors, 5 cases"
 
     keep: Keep = 1 / 9
-    sign: int = -1
+    clip: str = "openai/clip-vit-large-patch14-336"
+    sign: Literal[-1, 1] = -1
 
     def steps(self, geometry: Geometry) -> list[Step]:
-        return [AtProjector(keep=self.keep, sees=(QuestionLikeness(),))]
+        return [AtProjector(keep=self.keep, sees=(QuestionLikeness(self.clip),))]
 
     def select(self, step: Step, tokens: VisualTokens) -> Selection:
-        relevance = scaled(self.sign * tokens[QuestionLikeness()].mean(dim=-1))
+        relevance = scaled(self.sign * tokens[step.sees[0]].mean(dim=-1))
         unit = normalize(tokens.features, dim=-1).float()
         return Selection(diverse(unit, relevance, tokens.keep).sort().values)
 

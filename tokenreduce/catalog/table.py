@@ -5,9 +5,9 @@ from __future__ import annotations
 from tokenreduce.catalog.description import GRID, LLAVA, described
 from tokenreduce.reducer import Span, TokenReducer
 from tokenreduce.registry import BUILT_IN, REDUCERS
-from tokenreduce.signals import DecoderAttention, DecoderHidden, LookAheadAttention, TextEmbeddings
+from tokenreduce.signals import DecoderAttention, DecoderHidden, LookAheadAttention, QuestionLikeness, TextEmbeddings
 
-TEXT = (DecoderAttention, DecoderHidden, LookAheadAttention, TextEmbeddings)
+TEXT = (DecoderAttention, DecoderHidden, LookAheadAttention, QuestionLikeness, TextEmbeddings)
 HEADER = (
     "| reducer | what it does | paper | site | sees | text-aware | adaptive | merges | positions | checked against |"
 )

@@ -86,10 +86,12 @@ def take_times(
     prompts: Sequence[Mapping[str, Any]],
     pairs: int,
     advance: Callable[[], None] = lambda: None,
+    questions: Sequence[str] | None = None,
 ) -> dict[str, Times]:
     """The times of every method; the first one is the reference.
 
-    ``prompts`` are single-row inputs of ``generate``, taken in turn until each method has been timed ``pairs`` times.
+    ``prompts`` are single-row inputs of ``generate``, taken in turn until each method has been timed ``pairs`` times;
+    ``questions`` is what they ask, for reducers that read it.
     """
     if pairs < 1 or not prompts:
         raise ValueError(f"times need at least one pair and one prompt, not {pairs} and {len(prompts)}")
@@ -97,7 +99,7 @@ def take_times(
     for turn in range(-WARM_UP, pairs):
         place = turn % len(prompts)
         for name, reducer_for in methods.items():
-            with attached(model, reducer_for(place)):
+            with attached(model, reducer_for(place), questions[place] if questions else None):
                 seconds = seconds_by_part(model, prompts[place])
             if turn >= 0:
                 taken[name].append(seconds)
@@ -159,9 +161,11 @@ def _timed(seconds: Sequence[float], reference: Sequence[float]) -> Timed:
     return Timed(**vars(Spread.of(seconds)), ratio=ratio_of_medians(seconds, reference))
 
 
-def attached(model: PreTrainedModel, reducer: TokenReducer | None) -> AbstractContextManager[Any]:
+def attached(
+    model: PreTrainedModel, reducer: TokenReducer | None, question: str | Sequence[str] | None = None
+) -> AbstractContextManager[Any]:
     """The reducer's context, or an empty one for the plain model."""
-    return nullcontext() if reducer is None else reduce_tokens(model, reducer)
+    return nullcontext() if reducer is None else reduce_tokens(model, reducer, question=question)
 
 
 def peak_memory(device: torch.device, work: Callable[[], object]) -> int | None:

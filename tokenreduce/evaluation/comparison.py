@@ -328,18 +328,19 @@ class Comparer:
         }
         runner.progress.start("timing", pairs)
         try:
-            times = take_times(self._model, by_prompt, prompts, pairs, runner.progress.advance)
+            asked = [sample.question for sample in timed]
+            times = take_times(self._model, by_prompt, prompts, pairs, runner.progress.advance, asked)
         finally:
             runner.progress.finish()
         runner.forget()
         batch = answered[: runner.fitting]
-        inputs = runner.inputs(batch)
+        inputs, asked = runner.inputs(batch), [sample.question for sample in batch]
         memory: dict[str, int | None] = {}
         for key, method in methods.items():
             first, *others = (None if key == UNREDUCED else method.reducer_for(sample.id) for sample in batch)
             # A random baseline whose counts differ by sample does not run as one batch, so it has no comparable peak.
             if all(other == first for other in others):
-                with attached(self._model, first):
+                with attached(self._model, first, asked):
                     memory[key] = peak_memory(self._model.device, partial(runner.generate, inputs))
         bounds = {}
         for key, method in methods.items():

@@ -226,7 +226,8 @@ class Runner:
         inputs = self.inputs(samples)
         started = time.perf_counter()
         shared = self._vision.recalled([sample.id for sample in samples]) if self._share_vision else nullcontext()
-        with shared, attached(self.model, reducer) as reduction:
+        asked = [sample.question for sample in samples]
+        with shared, attached(self.model, reducer, asked) as reduction:
             tokens = self.generate(inputs)
             reductions: list[SampleReduction] = list(reduction.samples)
         answers = self.prompts.answers(tokens[:, inputs["input_ids"].shape[1] :])
