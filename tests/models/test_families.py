@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 from tokenreduce import available, create, reduce_tokens
 from tokenreduce.models.family import family_of
 from tokenreduce.models.loading import load, supported_classes
+from tokenreduce.reducer import TokenReducer
 from tokenreduce.registry import MODELS
 from tokenreduce.testing import Identity, check_reducer
 from tokenreduce.testing.checkpoints import RECIPES, ask, picture, video
@@ -44,7 +46,7 @@ def loaded(request: pytest.FixtureRequest, checkpoint: Checkpoint) -> Iterator[L
 
 @pytest.mark.parametrize("name", REDUCERS)
 def test_reducer(loaded: Loaded, name: str) -> None:
-    reducer = create(name)
+    reducer = _of_a_small_tile(create(name))
     if reason := _refusal(loaded.model, name):
         with pytest.raises(ValueError, match="cannot host") as refused, reduce_tokens(loaded.model, reducer):
             pass
@@ -60,6 +62,12 @@ def test_reducer(loaded: Loaded, name: str) -> None:
 def test_identity_under_both_position_policies(loaded: Loaded, positions: Any) -> None:
     for batch in loaded.batches:
         check_reducer(Identity(positions=positions), loaded.model, batch)
+
+
+def _of_a_small_tile(reducer: TokenReducer) -> TokenReducer:
+    """Half of the tokens where there is a ratio to choose: a published one leaves nothing of 4 tokens."""
+    ratio = isinstance(getattr(reducer, "keep", None), float)
+    return dataclasses.replace(reducer, keep=0.5) if ratio else reducer  # type: ignore[call-arg]
 
 
 def _refusal(model: PreTrainedModel, name: str) -> str:
