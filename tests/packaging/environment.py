@@ -28,6 +28,7 @@ class Environment:
                 "PATH": f"{self.folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
                 "OMP_NUM_THREADS": "1",
                 "PIP_NO_INDEX": "1",
+                "PIP_QUIET": "1",
                 "PIP_NO_BUILD_ISOLATION": "0",  # pip reads it as the option's value: no isolation
                 "PIP_DISABLE_PIP_VERSION_CHECK": "1",
                 "COLUMNS": "120",

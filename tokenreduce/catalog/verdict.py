@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,18 +13,28 @@ from transformers import PreTrainedModel
 
 from tokenreduce.attach import reduce_tokens
 from tokenreduce.benchmarks.benchmark import Benchmark
-from tokenreduce.catalog.description import knobs
+from tokenreduce.catalog.description import knobs, site_name
+from tokenreduce.models.family import Inputs, ModelFamily
 from tokenreduce.models.loading import load
-from tokenreduce.reducer import TokenReducer
-from tokenreduce.registry import BENCHMARKS, REDUCERS, Registry
-from tokenreduce.testing import BENCHMARK_INVARIANTS, INVARIANTS, InvariantError, prompts, tiny_llava
+from tokenreduce.reducer import AtDecoder, AtEncoder, AtEncoderOutput, AtProjector, Step, TokenReducer
+from tokenreduce.registry import BENCHMARKS, MODELS, REDUCERS, Registry, create
+from tokenreduce.testing import BENCHMARK_INVARIANTS, INVARIANTS, Identity, InvariantError, prompts, tiny_llava
+from tokenreduce.testing.checkpoints import ask, picture
 
 PASSED, REFUSED, FAILED = "passed", "refused", "FAILED"
 
-BATCHES = ((1,), (1, 3, 0))
-"""How many images the prompts of a batch have."""
+WATCHED: dict[type[Step], Step] = {
+    AtEncoder: AtEncoder(layer=0.5, keep=1.0),
+    AtEncoderOutput: AtEncoderOutput(keep=1.0),
+    AtProjector: AtProjector(keep=1.0),
+    AtDecoder: AtDecoder(layer=0.5, keep=1.0),
+}
+"""Where the identity is put into a family's model: everywhere but at the input, where there is nothing to select."""
 SAMPLES = 20
 """How many of a benchmark's samples are looked at."""
+
+Case = tuple[PreTrainedModel, Sequence[Inputs]]
+"""A model, and batches of prompts for it."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +47,7 @@ class Finding:
 
 
 def findings(registry: Registry[Any], name: str, settings: dict[str, Any], model: str | None) -> Iterator[Finding]:
-    """Check the plugin ``name`` with these settings, on a checkpoint or, without one, on small random
-    models.
+    """Check the plugin ``name`` with these settings, on a checkpoint or, without one, on small random models.
 
     Raises ``ValueError`` where there is nothing to check: a knob or checkpoint that cannot be used.
     """
@@ -46,26 +55,26 @@ def findings(registry: Registry[Any], name: str, settings: dict[str, Any], model
         yield from _reducer(REDUCERS.create(name, **settings), model)
     elif registry is BENCHMARKS:
         yield from _benchmark(BENCHMARKS.create(name, **settings))
-    else:
+    elif model is None:
         raise ValueError(f"{name!r} is a model family: give a checkpoint that it serves, --model DIRECTORY")
+    else:
+        yield from _family(MODELS.get(name), model)
 
 
 def _reducer(reducer: TokenReducer, checkpoint: str | None) -> Iterator[Finding]:
     yield from _as_a_plugin(reducer, reducer.knobs(), REDUCERS)
     refused = 0
-    models = _models(checkpoint)
-    for label, make in models.items():
-        model = make()
+    cases = _small_models() if checkpoint is None else {checkpoint: lambda: _loaded(checkpoint)}
+    for label, make in cases.items():
+        model, batches = make()
         try:
             with reduce_tokens(model, reducer):
                 pass
         except ValueError as error:
             refused += 1
-            yield Finding(f"works on {label}", REFUSED if refused < len(models) else FAILED, str(error))
+            yield Finding(f"works on {label}", REFUSED if refused < len(cases) else FAILED, str(error))
             continue
-        for invariant, check in INVARIANTS.items():
-            what = f"{invariant.replace('_', ' ')}, on {label}"
-            yield _finding(what, partial(_on_batches, check, reducer, model))
+        yield from _invariants(reducer, model, batches, f"on {label}")
 
 
 def _benchmark(benchmark: Benchmark) -> Iterator[Finding]:
@@ -75,18 +84,52 @@ def _benchmark(benchmark: Benchmark) -> Iterator[Finding]:
         yield _finding(invariant.replace("_", " "), partial(check, benchmark, SAMPLES))
 
 
-def _on_batches(check: Callable[..., None], reducer: TokenReducer, model: PreTrainedModel) -> None:
-    for images in BATCHES:
-        check(reducer, model, prompts(model, images))
+def _family(family: type[ModelFamily], checkpoint: str) -> Iterator[Finding]:
+    model, batches = _loaded(checkpoint)
+    if type(model).__name__ not in family.classes:
+        served = ", ".join(family.classes)
+        raise ValueError(
+            f"{checkpoint} is a {type(model).__name__}, which the family does not serve; it serves {served}"
+        )
+    for site, step in WATCHED.items():
+        if site in family.sites:
+            yield from _invariants(Identity(site=step), model, batches, f"at the {site_name(site)}")
+        else:
+            reason = family.unhosted.get(site, "it gives no reason")
+            yield Finding(f"works at the {site_name(site)}", REFUSED, reason)
+    if AtProjector in family.sites:
+        yield from _invariants(create("uniform", keep=0.5), model, batches, "dropping half of the tokens")
 
 
-def _models(checkpoint: str | None) -> dict[str, Callable[[], PreTrainedModel]]:
-    if checkpoint is not None:
-        return {checkpoint: lambda: load(checkpoint)[0]}
+def _invariants(
+    reducer: TokenReducer, model: PreTrainedModel, batches: Sequence[Inputs], where: str
+) -> Iterator[Finding]:
+    for invariant, check in INVARIANTS.items():
+        yield _finding(f"{invariant.replace('_', ' ')}, {where}", partial(_on_batches, check, reducer, model, batches))
+
+
+def _on_batches(
+    check: Callable[..., None], reducer: TokenReducer, model: PreTrainedModel, batches: Sequence[Inputs]
+) -> None:
+    for batch in batches:
+        check(reducer, model, batch)
+
+
+def _small_models() -> dict[str, Callable[[], Case]]:
+    def case(**options: Any) -> Case:
+        model = tiny_llava(**options)
+        return model, [prompts(model, images) for images in ([1], [1, 3, 0])]
+
     return {
-        "a model with a class token": tiny_llava,
-        "a model without a class token and with grouped keys": lambda: tiny_llava(tower="siglip", key_heads=2),
+        "a model with a class token": case,
+        "a model without a class token and with grouped keys": partial(case, tower="siglip", key_heads=2),
     }
+
+
+def _loaded(checkpoint: str) -> Case:
+    model, processor = load(checkpoint)
+    tall, wide, square = picture(0, 60, 40), picture(1, 30, 90), picture(2, 50, 50)
+    return model, [ask(processor, [[tall]]), ask(processor, [[wide], [], [square, tall]])]
 
 
 def _as_a_plugin(instance: Any, settings: dict[str, Any], registry: Registry[Any]) -> Iterator[Finding]:

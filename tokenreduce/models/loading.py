@@ -40,6 +40,7 @@ def load(
     """
     precision = _precision(dtype)
     _check_device(device)
+    MODELS.usable()  # a family's package may hold classes of its own, which transformers knows once it is imported
     source, options = _locate(path, revision)
     try:
         config = AutoConfig.from_pretrained(source, **options)
