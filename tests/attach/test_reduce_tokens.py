@@ -78,6 +78,16 @@ def test_every_way_of_generating_tells_the_same(llava: Model, batch: dict[str, T
     assert torch.equal(lookup[0][0, -5:], expected[0, -5:])
 
 
+def test_generating_keeps_nothing_for_gradients(llava: Model, batch: dict[str, Tensor]) -> None:
+    tracked = []
+    hook = llava.model.multi_modal_projector.register_forward_hook(
+        lambda module, inputs, output: tracked.append(output.requires_grad)
+    )
+    with hook, reduce_tokens(llava, "uniform"):
+        llava.generate(**batch, **GREEDY)
+    assert tracked == [False]
+
+
 def test_beams_and_return_sequences(llava: Model, batch: dict[str, Tensor]) -> None:
     options = {"do_sample": False, "max_new_tokens": 5, "num_beams": 3, "num_return_sequences": 2}
     with reduce_tokens(llava, Identity()):

@@ -188,6 +188,7 @@ class Attachment:
         _remember(output, prompt)
         return output
 
+    @torch.no_grad()  # as transformers' own `generate`: nobody can use gradients, and they would keep activations alive
     def _generate(self, original: Callable[..., Any], inputs: dict[str, Any]) -> Any:
         if "inputs" in inputs:
             inputs["input_ids"] = inputs.pop("inputs")
