@@ -66,6 +66,8 @@ def _describe(declared: Any) -> str:
         return "one of " + ", ".join(repr(argument) for argument in arguments)
     if origin in (Union, types.UnionType):
         return " or ".join(_describe(argument) for argument in arguments)
+    if origin in (list, tuple):
+        return "a list"
     return {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "nothing"}.get(
         declared, str(declared)
     )

@@ -182,8 +182,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
                 subset, split = place.split("/")
                 config = "default" if subset == "data" else subset
                 configs.append(f"- config_name: {config}\n  data_files:\n  - split: {split}\n    path: {place}-*\n")
-                size = f"  splits:\n  - name: {split}\n    num_bytes: {table.data.nbytes}\n    num_examples: {len(table)}\n"
-                sizes.append(f"- config_name: {config}\n{size}")
+                size = f"    num_bytes: {table.data.nbytes}\n    num_examples: {len(table)}\n"
+                sizes.append(f"- config_name: {config}\n  splits:\n  - name: {split}\n{size}")
             card = "---\nconfigs:\n" + "".join(configs) + "dataset_info:\n" + "".join(sizes) + "---\n"
             (root / name / "README.md").write_text(card, encoding="utf-8")
         yield root

@@ -130,8 +130,9 @@ def test_the_content_is_what_a_run_is_known_by_and_not_its_place(folder: Folder,
             r"line 2, has no column 'question': did you mean 'questions'\?",
         ),
         ([{"image": "red.png", "question": "?"}], r"line 1, has no column 'answer'.*benchmark\.answer_column=NAME"),
+        ([{**RED, "question": None}], "line 1,: the question None is no text"),
         ([{**RED, "answer": True}], "line 1,: the answer True is neither text nor a number"),
-        ([{**RED, "answer": []}], r"line 1,: metric 'exact' needs an answer; .* got \[\]"),
+        ([{**RED, "answer": []}], r"line 1, has no answer, only \[\]; some data sets hide"),
         ([{**RED, "image": 7}], "line 1,: 7 is neither an image's file name nor a list of them"),
     ],
 )
@@ -148,8 +149,10 @@ def test_mistakes_in_settings_are_told(folder: Folder, tmp_path: Path) -> None:
     path = str(folder(RED))
     with pytest.raises(ValueError, match="unknown metric 'exakt': did you mean 'exact'"):
         JsonLines(path=path, metric="exakt")
-    with pytest.raises(ValueError, match="metric 'vqa' needs answers of ten people"):
+    with pytest.raises(ValueError, match="line 1, has 1 answers; metric 'vqa' is made for ten people's"):
         len(JsonLines(path=path, metric="vqa"))
+    with pytest.raises(ValueError, match="choice_columns='choices' is not a list"):
+        BENCHMARKS.create("jsonl", path=path, choice_columns="choices")
     with pytest.raises(ValueError, match="has no column 'kind'"):
         len(JsonLines(path=path, category_column="kind"))
     with pytest.raises(ValueError, match="shuffle=-1 is negative"):

@@ -70,11 +70,10 @@ class HubDataset(TabularBenchmark):
 
     @cached_property
     def _digest(self) -> str:
-        builders = [self._builder(subset) for subset in self._subsets]
         if not self._local:
-            return " ".join(str(builder.hash) for builder in builders)
+            return " ".join(str(builder.hash) for builder in self._builders)
         digest = hashlib.blake2b(digest_size=16)
-        for builder in builders:
+        for builder in self._builders:
             for file in sorted(self._files(builder)):
                 with Path(file).open("rb") as content:
                     while chunk := content.read(_CHUNK):
@@ -85,12 +84,11 @@ class HubDataset(TabularBenchmark):
     def _local(self) -> bool:
         return Path(self.path).is_dir()
 
-    @property
-    def _subsets(self) -> list[str | None]:
-        return [self.subset, *([self.images_subset] if self.images_subset else [])]
-
-    def _builder(self, subset: str | None) -> Any:
-        return self._builder_of(self.path, name=subset, revision=self.revision)
+    @cached_property
+    def _builders(self) -> list[Any]:
+        """The library's objects for the questions and, where they stand apart, the images."""
+        subsets = [self.subset, *([self.images_subset] if self.images_subset else [])]
+        return [self._builder_of(self.path, name=subset, revision=self.revision) for subset in subsets]
 
     def _builder_of(self, path: str, **options: Any) -> Any:
         try:
@@ -100,9 +98,9 @@ class HubDataset(TabularBenchmark):
         return datasets.load_dataset_builder(path, **options)
 
     def _load(self) -> Sequence[Row]:
-        builder = self._builder(self.subset)
+        builder = self._builders[0]
         if self.streaming:
-            self._files(builder)
+            self._files(builder)  # raises where there is no such split
             recorded = (builder.info.splits or {}).get(self.split)
             rows = builder.as_streaming_dataset(self.split).decode(False)
             return _Stream(iter(rows), recorded.num_examples if recorded else None)
@@ -134,7 +132,7 @@ class HubDataset(TabularBenchmark):
     @cached_property
     def _apart(self) -> tuple[Any, dict[str, int]]:
         """The images that stand apart from the questions, and their row numbers by id."""
-        rows = self._downloaded(self._builder(self.images_subset))
+        rows = self._downloaded(self._builders[1])
         return rows, {str(each): number for number, each in enumerate(rows["id"])}
 
     def _text(self, number: int) -> Row:

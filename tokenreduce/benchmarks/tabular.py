@@ -13,7 +13,7 @@ from PIL import Image
 
 from tokenreduce.benchmarks.benchmark import Benchmark, Sample, normalised
 from tokenreduce.benchmarks.scoring import LETTERS, metric_named
-from tokenreduce.knobs import nearest
+from tokenreduce.knobs import check_knobs, nearest
 
 Row = Mapping[str, Any]
 
@@ -56,6 +56,7 @@ class TabularBenchmark(Benchmark):
     shuffle: int | None = None
 
     def __post_init__(self) -> None:
+        check_knobs(self)
         metric_named(self.metric)
         if self.shuffle is not None and self.shuffle < 0:
             raise ValueError(f"shuffle={self.shuffle} is negative; it is a seed, or null for the rows as they come")
@@ -132,7 +133,9 @@ class TabularBenchmark(Benchmark):
         return str(number) if self.id_column is None else str(self._cell(row, self.id_column, number))
 
     def _sample(self, row: Row, number: int) -> Sample:
-        question = str(self._cell(row, self.question_column, number))
+        question = self._cell(row, self.question_column, number)
+        if not isinstance(question, str) or not question.strip():
+            raise ValueError(f"{self._place(number)}: the question {question!r} is no text")
         if self.remove:
             question = question.replace(self.remove, "")
         lines = [question.strip()]
@@ -161,14 +164,19 @@ class TabularBenchmark(Benchmark):
         return row[column]
 
     def _answers(self, value: Any, number: int) -> tuple[str, ...]:
-        values = value if isinstance(value, list | tuple) else [value]
+        values = value if isinstance(value, list | tuple) else [] if value is None else [value]
         for each in values:
             if isinstance(each, bool) or not isinstance(each, str | int | float):
                 raise ValueError(f"{self._place(number)}: the answer {each!r} is neither text nor a number")
-        fewest = metric_named(self.metric).fewest
-        if len(values) < fewest or not any(str(each).strip() for each in values):
-            wanted = "answers of ten people, and at least 4" if fewest > 1 else "an answer; the split may hide them"
-            raise ValueError(f"{self._place(number)}: metric {self.metric!r} needs {wanted}, got {value!r}")
+        if not any(str(each).strip() for each in values):
+            raise ValueError(
+                f"{self._place(number)} has no answer, only {value!r}; some data sets hide those of a split"
+            )
+        if len(values) < (fewest := metric_named(self.metric).fewest):
+            raise ValueError(
+                f"{self._place(number)} has {len(values)} answers; metric {self.metric!r} is made for ten people's and "
+                f"takes no fewer than {fewest}: with benchmark.metric=exact, any one of them is right"
+            )
         return tuple(str(each) for each in values)
 
     def _choices(self, row: Row, number: int) -> list[str]:
