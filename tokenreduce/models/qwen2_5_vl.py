@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.vision_utils import get_vision_window_index
 
-from tokenreduce.models.family import Modality
+from tokenreduce.models.family import Inputs, Modality
 from tokenreduce.models.qwen2_vl import Qwen2VL, merger_flops, patch_flops
 
 
@@ -17,6 +17,15 @@ class Qwen2_5VL(Qwen2VL):
     """Qwen2.5-VL. For a layer whose attention stays in windows stands the nearest one that sees whole frames."""
 
     classes = ("Qwen2_5_VLForConditionalGeneration",)
+
+    @property
+    def vision_inputs(self) -> tuple[str, ...]:
+        return (*super().vision_inputs, "second_per_grid_ts")
+
+    def some(self, inputs: Inputs, pictures: slice, modality: Modality = "image") -> Inputs:
+        chosen = super().some(inputs, pictures, modality)
+        seconds = inputs.get("second_per_grid_ts") if modality == "video" else None
+        return chosen if seconds is None else {**chosen, "second_per_grid_ts": seconds[pictures]}
 
     def packed_places(self, layout: Tensor) -> Tensor:
         vision = self.model.config.vision_config
