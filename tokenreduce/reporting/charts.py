@@ -1,92 +1,39 @@
-"""The report's figures: score against every currency, the ranking, categories, costs and times.
-
-A method has one colour in all of them. Names stand beside what they name; parts that belong to a row or a series carry
-its number as their id in SVG, by which the page filters them and tells their values.
-"""
+"""The report's figures: score against every currency, the ranking, categories, costs and times."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 
+from tokenreduce.evaluation.comparison import UNREDUCED
+from tokenreduce.reporting.chart import (
+    BETTER,
+    CHANCE,
+    COLORS,
+    FAINT,
+    FRONT,
+    GRID,
+    INK,
+    MARKERS,
+    ROW,
+    Chart,
+    bars_axis,
+    cost_axis,
+    drawing,
+    end_labels,
+    pareto,
+    whiskers,
+)
 from tokenreduce.reporting.columns import first_token_ratio
 from tokenreduce.reporting.study import Row, Study
 from tokenreduce.reporting.wording import percent, points, signed
-
-INK, FAINT, GRID, CHANCE = "#1f2329", "#68707a", "#dfe3e8", "#8b939c"
-COLORS = (
-    "#0072b2", "#d55e00", "#009e73", "#c0569b", "#e69f00", "#56b4e9",
-    "#7a6fdb", "#a6761d", "#44aa99", "#b8336a", "#8a9a1f", "#6d7f99",
-)  # fmt: skip
-"""After Okabe and Ito, and Tol: told apart with any colour vision, on white and on black."""
-MARKERS = "osD^vP"
-"""A second sign besides colour, and what tells series apart when there are more than colours."""
-
-_BETTER = LinearSegmentedColormap.from_list("better", ["#b35806", "#f6b26b", "#f7f7f5", "#92c5de", "#2166ac"])
-_STYLE = {
-    "font.family": "sans-serif",
-    "font.sans-serif": ["Helvetica Neue", "Helvetica", "Arial", "Liberation Sans", "DejaVu Sans"],
-    "font.size": 10,
-    "text.parse_math": False,
-    "text.color": INK,
-    "axes.edgecolor": GRID,
-    "axes.labelcolor": FAINT,
-    "axes.axisbelow": True,
-    "axes.unicode_minus": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "grid.color": GRID,
-    "grid.linewidth": 0.8,
-    "xtick.color": GRID,
-    "ytick.color": GRID,
-    "xtick.labelcolor": FAINT,
-    "ytick.labelcolor": FAINT,
-    "ytick.major.size": 0,
-    "figure.facecolor": "white",
-    "svg.fonttype": "none",
-}
-_ROW = 0.3
-"""Inches of height that a row takes in a figure with one line a row."""
-
-
-@dataclass
-class Chart:
-    """One figure: ``name`` is its file's, ``title`` and ``caption`` its words, ``tips`` what its parts say by id."""
-
-    name: str
-    title: str
-    caption: str
-    figure: Figure
-    tips: dict[str, str] = field(default_factory=dict)
-
-    def svg(self) -> str:
-        """The figure as text of SVG, without an XML header."""
-        text = io.StringIO()
-        with _drawing():
-            matplotlib.rcParams["svg.hashsalt"] = self.name
-            self.figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-        content = text.getvalue()
-        return content[content.index("<svg") :]
-
-    def png(self, path: Path) -> None:
-        """Write the figure as a picture on white."""
-        with _drawing():
-            self.figure.savefig(path, dpi=200, metadata={"Software": None})
 
 
 @dataclass(frozen=True)
@@ -174,8 +121,8 @@ class Painter:
             (8.6, 4.6),
         )
         self._reference(axes)
-        front = _pareto([(value, row.score) for row, value in placed if row.is_method])
-        axes.plot(*zip(*front, strict=True), color="#f3c14b", alpha=0.45, linewidth=9, solid_capstyle="round", zorder=1)
+        front = pareto([(value, row.score) for row, value in placed if row.is_method])
+        axes.plot(*zip(*front, strict=True), color=FRONT, alpha=0.45, linewidth=8, solid_capstyle="round", zorder=1)
         groups: dict[str, list[tuple[Row, float]]] = {}
         for row, value in placed:
             groups.setdefault(row.series if row.is_method else row.key, []).append((row, value))
@@ -192,12 +139,12 @@ class Painter:
             for row, value in group:
                 self._point(chart, axes, row, value, 100 * row.score, across=currency.interval(row))
             ends.append((group[-1], identity))
-        _cost_axis(axes, [value for _, value in placed])
+        cost_axis(axes, [value for _, value in placed])
         axes.set_xlabel(f"{currency.axis}, % of the unreduced model's   (cheaper \N{RIGHTWARDS ARROW})")
         axes.set_ylabel("score, %")
-        _end_labels(
-            axes, [(value, 100 * row.score, self._name(row), self.color(row), gid) for (row, value), gid in ends]
-        )
+        labels = [(value, 100 * row.score, self._name(row), self.color(row), gid) for (row, value), gid in ends]
+        labels.append((axes.get_xlim()[1], 100 * base.score, f"unreduced {100 * base.score:.1f}", INK, base.key))
+        end_labels(axes, labels)
         return chart
 
     def ranking(self) -> Chart:
@@ -205,9 +152,9 @@ class Painter:
         study = self._study
         budgets = list(study.budgets.items())
         groups = [[row for row in study.rows[1:] if row.budget == budget] for budget, _ in budgets]
-        height = _ROW * sum(len(group) + 1.3 for group in groups) + 0.7
+        height = ROW * sum(len(group) + 1.3 for group in groups) + 0.7
         with_random = any(row.figures.get("difference_to_random") for row in study.methods)
-        with _drawing():
+        with drawing():
             figure = Figure(figsize=(8.6, height), layout="constrained")
             panels = figure.subplots(1, 2, sharey=True, squeeze=False, width_ratios=[3, 2 if with_random else 0.01])[0]
         chart = Chart(
@@ -218,7 +165,7 @@ class Painter:
             figure,
         )
         left, right = panels
-        with _drawing():
+        with drawing():
             axis, names = 0.0, []
             for (_, words), group in zip(budgets, groups, strict=True):
                 axis += 0.9
@@ -261,9 +208,9 @@ class Painter:
             "categories",
             "Where it hurts",
             "Difference to the unreduced model by category, in points.",
-            (2.6 + 1.05 * len(names), 0.9 + _ROW * len(rows)),
+            (2.6 + 1.05 * len(names), 0.9 + ROW * len(rows)),
         )
-        axes.imshow(values, cmap=_BETTER, vmin=-limit, vmax=limit, aspect="auto")
+        axes.imshow(values, cmap=BETTER, vmin=-limit, vmax=limit, aspect="auto")
         for (place, column), value in np.ndenumerate(values):
             dark = abs(value) > 0.62 * limit
             text = axes.text(column, place, signed(value / 100), ha="center", va="center", fontsize=9)
@@ -291,7 +238,7 @@ class Painter:
             "share (pale) stays, unless a method acts before or inside it.",
             rows,
         )
-        with _drawing():
+        with drawing():
             left, right = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
             for place, row in enumerate(rows):
                 flops, color = row.figures["prefill_flops"], self.color(row)
@@ -306,7 +253,7 @@ class Painter:
                 self._mark(chart, row, "cost", parts, tip)
             self._row_names(left, rows)
             for axes, label in ((left, "prefill FLOPs, %: vision (pale) + language model"), (right, "KV cache, %")):
-                _bars_axis(axes, label)
+                bars_axis(axes, label)
         return chart
 
     def speed(self) -> Chart | None:
@@ -314,70 +261,55 @@ class Painter:
         rows = [row for row in self._study.rows if first_token_ratio(row)]
         if not any(row.is_method for row in rows):
             return None
-        split = [row for row in rows if row.figures["time_to_first_token"].get("parts")]
         chart, figure = self._rows_figure(
             "speed",
             "Is it really faster?",
-            "Time to first token against what prefill FLOPs promise (ring), relative to the unreduced model, with 95 % "
-            "intervals of interleaved pairs.",
+            "Left: the measured time to first token and, as a ring, what prefill FLOPs promise; 95 % intervals of "
+            "interleaved pairs. Right: what that time goes to. All relative to the unreduced model beside it.",
             rows,
         )
-        with _drawing():
+        with drawing():
             left, right = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
             for place, row in enumerate(rows):
                 ratio, color = first_token_ratio(row) or {}, self.color(row)
                 promise, value = 100 * row.figures["prefill_flops"]["total_ratio"], 100 * (ratio.get("value") or 0)
-                parts: list[Artist] = [
-                    *left.plot([promise, value], [place, place], color=color, linewidth=1.4, alpha=0.4)
-                ]
+                parts: list[Artist] = [*left.plot([promise, value], [place, place], color=color, lw=1.4, alpha=0.3)]
                 parts += left.plot([promise], [place], marker="o", ms=7, mfc="none", mec=color, ls="none")
-                parts += _whiskers(left, ratio, place, color)
+                parts += whiskers(left, ratio, place, color)
                 parts += left.plot([value], [place], marker=self.marker(row), ms=7, color=color, ls="none")
-                milliseconds = 1000 * row.figures["time_to_first_token"]["median"]
-                tip = f"{row.label}\n{milliseconds:.1f} ms, {value:.0f} % of unreduced; FLOPs {promise:.0f} %"
-                parts += self._split(right, row, place, milliseconds)
-                self._mark(chart, row, "speed", parts, tip)
+                bars, words = self._split(right, row, place)
+                tip = f"{row.label}\n{value:.0f} % of the unreduced time; FLOPs promise {promise:.0f} %\n{words}"
+                self._mark(chart, row, "speed", parts + bars, tip)
             self._row_names(left, rows)
             left.axvline(100, color=INK, linewidth=1, linestyle=(0, (4, 3)))
-            left.set_xlabel("time to first token, % of the unreduced model's")
-            label = "ms: vision, selection (dark), language model" if split else "time to first token, ms"
-            _bars_axis(right, label)
-            for axes in (left, right):
-                axes.grid(visible=True, axis="x")
-                axes.grid(visible=False, axis="y")
+            bars_axis(left, "time to first token, % of unreduced")
+            bars_axis(right, "vision (pale), selection (dark), language model")
         return chart
 
-    def _split(self, axes: Axes, row: Row, place: int, milliseconds: float) -> list[Artist]:
-        """A bar of the parts of a time, as far as they were measured."""
-        parts = row.figures["time_to_first_token"].get("parts") or {}
-        color, start, drawn = self.color(row), 0.0, []
-        for name, alpha, hatch in (("vision", 0.3, None), ("selection", 1.0, "////"), ("llm", 0.75, None)):
-            if (seconds := _median(parts.get(name))) is not None:
-                drawn += axes.barh(
-                    place,
-                    1000 * seconds,
-                    left=start,
-                    color=color,
-                    alpha=alpha,
-                    hatch=hatch,
-                    edgecolor="white",
-                    lw=0,
-                    height=0.62,
-                )
-                start += 1000 * seconds
-        if not drawn:
-            drawn += axes.barh(place, milliseconds, color=color, alpha=0.75, height=0.62)
-        return drawn
+    def _split(self, axes: Axes, row: Row, place: int) -> tuple[list[Artist], str]:
+        """A bar of the parts of a time relative to the unreduced one, and the parts in words."""
+        times = row.figures["time_to_first_token"]
+        whole = row.comparison.methods[UNREDUCED]["time_to_first_token"]["median"]
+        parts = {name: spread["median"] for name, spread in times.get("parts", {}).items()} or {"": times["median"]}
+        shades = {"vision": (self.color(row), 0.3), "selection": (INK, 0.9)}
+        start = 0.0
+        drawn: list[Artist] = []
+        for name, seconds in parts.items():
+            color, alpha = shades.get(name, (self.color(row), 1.0))
+            share = 100 * seconds / whole
+            drawn += axes.barh(place, share, left=start, color=color, alpha=alpha, height=0.62)
+            start += share
+        return drawn, ", ".join(f"{name} {1000 * seconds:.1f} ms".strip() for name, seconds in parts.items())
 
     def _chart(self, name: str, title: str, caption: str, size: tuple[float, float]) -> tuple[Chart, Axes]:
-        with _drawing():
+        with drawing():
             figure = Figure(figsize=size, layout="constrained")
             axes = figure.subplots()
         return Chart(name, title, caption, figure), axes
 
     def _rows_figure(self, name: str, title: str, caption: str, rows: Sequence[Row]) -> tuple[Chart, Figure]:
-        with _drawing():
-            figure = Figure(figsize=(8.6, 0.9 + _ROW * len(rows)), layout="constrained")
+        with drawing():
+            figure = Figure(figsize=(8.6, 0.9 + ROW * len(rows)), layout="constrained")
         return Chart(name, title, caption, figure), figure
 
     def _reference(self, axes: Axes) -> None:
@@ -386,10 +318,6 @@ class Painter:
         axes.axhline(100 * score["value"], color=INK, linewidth=1, linestyle=(0, (4, 3)))
         if score["low"] is not None and score["high"] is not None:
             axes.axhspan(100 * score["low"], 100 * score["high"], color=INK, alpha=0.06, linewidth=0)
-        axes.annotate(
-            f"unreduced {100 * score['value']:.1f}", (0, 100 * score["value"]), xycoords=axes.get_yaxis_transform(),
-            xytext=(4, 3), textcoords="offset points", fontsize=9, color=FAINT,
-        )  # fmt: skip
 
     def _point(
         self,
@@ -403,9 +331,9 @@ class Painter:
         points_up: bool = True,
     ) -> None:
         """A row's marker with its intervals: upwards its score's, across that of the axis."""
-        with _drawing():
+        with drawing():
             color = self.color(row)
-            parts: list[Artist] = _whiskers(axes, across, y, color)
+            parts: list[Artist] = whiskers(axes, across, y, color)
             score = row.figures["score"]
             if points_up and score["low"] is not None and score["high"] is not None:
                 parts += axes.plot([x, x], [100 * score["low"], 100 * score["high"]], color=color, lw=1.1, alpha=0.55)
@@ -435,7 +363,7 @@ class Painter:
         if not difference:
             return
         color, sure = self.color(row), row.p_random is not None and row.p_random < 0.05
-        parts = _whiskers(axes, difference, place, color)
+        parts = whiskers(axes, difference, place, color)
         parts += axes.plot(
             [100 * difference["value"]], [place], marker=self.marker(row), ms=6.5, ls="none", mec=color,
             mfc=color if sure else "white", zorder=5,
@@ -464,85 +392,3 @@ def category_difference(row: Row, category: str) -> float:
     """A row's difference to the unreduced model in one category; NaN where it has none."""
     found = row.figures["categories"].get(category) or {}
     return float((found.get("difference_to_unreduced") or {}).get("value", np.nan))
-
-
-def shade(value: float, limit: float) -> tuple[str, str]:
-    """The heat map's background for a difference, and the ink to write on it."""
-    color = _BETTER(0.5 + 0.5 * max(-1.0, min(1.0, value / limit)))[:3]
-    light = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2] > 0.55
-    return "#" + "".join(f"{round(255 * part):02x}" for part in to_rgb(color)), "#1f2328" if light else "#ffffff"
-
-
-@contextmanager
-def _drawing() -> Iterator[None]:
-    with matplotlib.rc_context(_STYLE):
-        yield
-
-
-def _whiskers(axes: Axes, interval: Mapping[str, float | None] | None, y: float, color: str) -> list[Artist]:
-    if not interval or interval.get("low") is None or interval.get("high") is None:
-        return []
-    ends = [100 * (interval[name] or 0.0) for name in ("low", "high")]
-    return [*axes.plot(ends, [y, y], color=color, linewidth=1.3, alpha=0.55, solid_capstyle="round")]
-
-
-def _pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Those that no other is cheaper than and at least as good, dearest first, the score in percent."""
-    front: list[tuple[float, float]] = []
-    for cost, score in sorted(points, key=lambda point: (point[0], -point[1])):
-        if not front or score > front[-1][1]:
-            front.append((cost, score))
-    return [(cost, 100 * score) for cost, score in reversed(front)]
-
-
-def _cost_axis(axes: Axes, values: Sequence[float]) -> None:
-    """Costs in percent, the cheaper to the right; in equal ratios where they span more than a factor of four."""
-    low, high = min(values), max([1.0, *values])
-    if low > 0 and high / low > 4:
-        axes.set_xscale("log")
-        ticks = [
-            tick
-            for tick in (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0)
-            if low * 0.8 <= tick <= high * 1.01
-        ]
-        axes.set_xticks(ticks)
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_xlim(high * 1.04, low / 1.06)
-    else:
-        margin = 0.04 * (high - low)
-        axes.set_xlim(high + margin, low - margin)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}"))
-
-
-def _bars_axis(axes: Axes, label: str) -> None:
-    axes.set_xlabel(label)
-    axes.set_xlim(left=0)
-    axes.grid(visible=True, axis="x")
-    axes.grid(visible=False, axis="y")
-
-
-def _end_labels(axes: Axes, ends: Sequence[tuple[float, float, str, str, str]]) -> None:
-    """Names in a column to the right, each joined to its last point, none upon another."""
-    low, high = axes.get_ylim()
-    gap = (high - low) / 19
-    ordered = sorted(ends, key=lambda end: -end[1])
-    places: list[float] = []
-    for _, y, *_ in ordered:
-        places.append(min(y, places[-1] - gap) if places else min(y, high))
-    if places and (below := low - places[-1]) > 0:
-        places = [place + below for place in places]
-        for number in range(len(places) - 2, -1, -1):
-            places[number] = max(min(places[number], places[number] - below), places[number + 1] + gap)
-    for (x, y, name, color, identity), place in zip(ordered, places, strict=True):
-        text = axes.annotate(
-            name, (x, y), xytext=(1.02, place), textcoords=axes.get_yaxis_transform(), va="center", color=color,
-            fontweight="bold", fontsize=9.5, annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": color, "alpha": 0.35, "lw": 0.8, "shrinkB": 4, "shrinkA": 2},
-        )  # fmt: skip
-        text.set_gid(f"{identity}-label")
-    axes.set_ylim(low, high)
-
-
-def _median(value: Any) -> float | None:
-    found = value.get("median") if isinstance(value, Mapping) else value
-    return float(found) if found is not None else None

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from tokenreduce.evaluation.records import storage, write_atomically
-from tokenreduce.reporting.columns import columns, raw
+from tokenreduce.reporting.columns import Column, costs, interval, quality, raw
 from tokenreduce.reporting.study import Study
-from tokenreduce.reporting.wording import percent, points
+from tokenreduce.reporting.wording import percent
 
 RESULTS, CATEGORIES, MARKDOWN = "results.csv", "categories.csv", "report.md"
 
@@ -25,9 +25,6 @@ def write_tables(studies: Sequence[Study], output: Path, title: str) -> None:
 
 
 def _markdown(study: Study) -> str:
-    shown = columns(study)
-    head = ["method", *(f"{each.title} ({each.unit})" if each.unit else each.title for each in shown)]
-    body = [[row.label, *(each.text(row) for each in shown)] for row in study.rows]
     by_category = [
         [row.label, *(percent(row.figures["categories"].get(name, {}).get("score")) for name in study.categories)]
         for row in study.rows
@@ -36,12 +33,19 @@ def _markdown(study: Study) -> str:
     parts = [
         f"## {_cell(study.title)}",
         f"{benchmark['samples']} questions about {benchmark['images']} images; intervals of 95 %, clustered by image.",
-        _table(head, body),
+        _columns(study, quality(study)),
+        "### Costs",
+        _columns(study, costs(study)),
         "### Score by category, %",
         _table(["method", *study.categories], by_category),
         *study.notes,
     ]
     return "\n\n".join(parts)
+
+
+def _columns(study: Study, shown: Sequence[Column]) -> str:
+    head = ["method", *(f"{each.title} ({each.unit})" if each.unit else each.title for each in shown)]
+    return _table(head, [[row.label, *(each.text(row) for each in shown)] for row in study.rows])
 
 
 def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
@@ -62,11 +66,8 @@ def _categories(study: Study) -> list[dict[str, Any]]:
             "method": row.label,
             "category": name,
             "samples": found["samples"],
-            **found["score"],
-            "score": percent(found["score"]),
-            "difference_to_unreduced": points(found["difference_to_unreduced"])
-            if found["difference_to_unreduced"]
-            else "",
+            **interval("score", found["score"]),
+            **interval("difference_to_unreduced", found["difference_to_unreduced"]),
         }
         for row in study.rows
         for name, found in row.figures["categories"].items()
@@ -74,7 +75,8 @@ def _categories(study: Study) -> list[dict[str, Any]]:
 
 
 def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    names = list(dict.fromkeys(name for row in rows for name in row))
     with storage(path), path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]) if rows else [])
+        writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(rows)

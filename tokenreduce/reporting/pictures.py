@@ -61,7 +61,7 @@ def draw_kept_tokens(
     varies = len({record.entering for record, _ in shown}) > 1
     for panel, (record, image) in zip(panels, shown, strict=False):
         layout = record.images[0]
-        _draw_image(panel, _as_seen(image, layout, padded), layout)
+        _draw_image(panel, as_seen(image, layout, padded), layout)
         question = textwrap.fill(record.question, 36, max_lines=3, placeholder=" …")
         panel.set_title(question, fontsize=11, fontweight="bold", color=_INK, pad=8)
         lines = [("expected", textwrap.shorten(" / ".join(record.expected), 24, placeholder=" …"), _INK)]
@@ -105,11 +105,27 @@ def kept_and_groups(record: ImageRecord) -> tuple[npt.NDArray[np.bool_], npt.NDA
     return kept, source if merged else None
 
 
+def drawable(record: ImageRecord) -> bool:
+    """Whether every token has a place in the grid: packing may have put others among them."""
+    time, rows, columns = record.grid
+    return not record.steps or len(record.steps[-1].source) == time * rows * columns
+
+
+def borders(record: ImageRecord) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Lines between tokens, as ``(column, row)`` ends: where what is kept, or what is merged with what, changes."""
+    _, rows, columns = record.grid
+    kept, groups = kept_and_groups(record)
+    values = np.where(kept, 0 if groups is None else groups, -1).reshape(rows, columns)
+    upright = [((x, y), (x, y + 1)) for y in range(rows) for x in range(1, columns) if values[y, x] != values[y, x - 1]]
+    level = [((x, y), (x + 1, y)) for y in range(1, rows) for x in range(columns) if values[y, x] != values[y - 1, x]]
+    return upright + level
+
+
 def _examples(benchmark: Benchmark, records: Sequence[Record], count: int) -> list[tuple[Record, Image.Image]]:
     """One answered sample of each of the first images, going through the categories in turn."""
     by_image: dict[str, dict[str, Record]] = {}
     for record in records:
-        if record.error is None and record.images:
+        if record.error is None and record.images and drawable(record.images[0]):
             by_image.setdefault(record.image_id, {}).setdefault(record.category, record)
     order = list(dict.fromkeys(category for each in by_image.values() for category in each))
     shown: list[tuple[Record, Image.Image]] = []
@@ -118,11 +134,12 @@ def _examples(benchmark: Benchmark, records: Sequence[Record], count: int) -> li
             break
         wanted = order[len(shown) % len(order)]
         record = choices.get(wanted) or next(iter(choices.values()))
-        shown.append((record, benchmark.images(_sample(record))[0]))
+        shown.append((record, benchmark.images(sample_of(record))[0]))
     return shown
 
 
-def _sample(record: Record) -> Sample:
+def sample_of(record: Record) -> Sample:
+    """The question that a record answers."""
     return Sample(record.id, record.question, record.expected, record.category, record.image_id)
 
 
@@ -163,20 +180,15 @@ def _verdict(record: Record) -> tuple[str, str]:
 def _outline(panel: Axes, layout: ImageRecord) -> None:
     """A line wherever what is kept, or what is merged with what, changes; faint cells inside."""
     _, rows, columns = layout.grid
-    kept, groups = kept_and_groups(layout)
-    values = np.where(kept, 0 if groups is None else groups, -1).reshape(rows, columns)
+    kept, _ = kept_and_groups(layout)
     if rows * columns <= _CELLS:
         cells = [Rectangle((x, y), 1, 1) for y, x in np.argwhere(kept.reshape(rows, columns))]
         panel.add_collection(PatchCollection(cells, facecolor="none", edgecolor=(1, 1, 1, 0.4), linewidth=0.35))
-    borders = [((x, y), (x, y + 1)) for y in range(rows) for x in range(1, columns) if values[y, x] != values[y, x - 1]]
-    borders += [
-        ((x, y), (x + 1, y)) for y in range(1, rows) for x in range(columns) if values[y, x] != values[y - 1, x]
-    ]
-    panel.add_collection(LineCollection(borders, colors=_INK, linewidth=0.9, capstyle="projecting"))
+    panel.add_collection(LineCollection(borders(layout), colors=_INK, linewidth=0.9, capstyle="projecting"))
     panel.add_patch(Rectangle((0, 0), columns, rows, fill=False, linewidth=0.9, edgecolor=_FAINT))
 
 
-def _as_seen(image: Image.Image, layout: ImageRecord, padded: bool) -> Image.Image:
+def as_seen(image: Image.Image, layout: ImageRecord, padded: bool) -> Image.Image:
     """The part of an image that the grid of tokens lies over."""
     _, rows, columns = layout.grid
     image = image.convert("RGB")

@@ -30,7 +30,7 @@ class Hard:
     judge: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Row:
     """One method at one setting.
 
@@ -68,7 +68,7 @@ class Row:
         return self.key == REDUCER
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Study:
     """What was asked of which model, and one row a method: the unreduced one, then by budget, the best first."""
 
@@ -103,14 +103,14 @@ class Study:
         words = {}
         for budget in sorted({row.budget for row in self.rows[1:]}):
             means = [row.layer_mean for row in self.rows if row.budget == budget and row is not self.unreduced]
-            low, high = f"{min(means):.4g}", f"{max(means):.4g}"
+            low, high = f"{min(means):.3g}", f"{max(means):.3g}"
             share = 100 * sum(means) / len(means) / total if total else 0.0
             words[budget] = f"{low if low == high else f'{low}–{high}'} tokens, {share:.2g} %"  # noqa: RUF001
         return words
 
     @property
     def title(self) -> str:
-        return f"{self.benchmark}, {self.model}"
+        return f"{self.model} on {self.benchmark}"
 
 
 def studies(comparisons: Iterable[Comparison]) -> list[Study]:
@@ -230,12 +230,16 @@ def _ids(comparison: Comparison) -> list[str]:
 
 def _corrected(rows: Sequence[Row]) -> list[Row]:
     """Rows whose p-values are corrected over all methods; the baseline is none of them."""
-    rows = [row if row.is_method else replace(row, p_unreduced=None) for row in rows]
-    for name in ("p_unreduced", "p_random"):
-        tested = [place for place, row in enumerate(rows) if getattr(row, name) is not None]
-        for place, p_value in zip(tested, statistics.holm([getattr(rows[each], name) for each in tested]), strict=True):
-            rows[place] = replace(rows[place], **{name: p_value})
-    return list(rows)
+    unreduced = _holm([row.p_unreduced if row.is_method else None for row in rows])
+    random = _holm([row.p_random for row in rows])
+    return [
+        replace(row, p_unreduced=one, p_random=other) for row, one, other in zip(rows, unreduced, random, strict=True)
+    ]
+
+
+def _holm(p_values: Sequence[float | None]) -> list[float | None]:
+    corrected = iter(statistics.holm([each for each in p_values if each is not None]))
+    return [None if each is None else next(corrected) for each in p_values]
 
 
 def _model(comparison: Comparison) -> str:

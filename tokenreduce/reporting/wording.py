@@ -27,7 +27,7 @@ def percent(estimate: Interval | None) -> str:
     """
     if estimate is None or estimate["value"] is None:
         return NOT_MEASURED
-    return f"{100 * estimate['value']:.1f}{_half(estimate)}"
+    return f"{100 * estimate['value']:.1f}{_half(estimate, 100)}"
 
 
 def points(estimate: Interval | None) -> str:
@@ -68,6 +68,13 @@ def size(number: float | None) -> str:
     return f"{number:.2f} GiB"
 
 
+def quantity(estimate: Interval | None) -> str:
+    """``1862.4 ± 31.2``, in whatever unit it has."""
+    if estimate is None or estimate["value"] is None:
+        return NOT_MEASURED
+    return f"{estimate['value']:.1f}{_half(estimate, 1)}"
+
+
 def probability(value: float | None) -> str:
     """
     >>> probability(0.00002), probability(0.0312), probability(1.0)
@@ -83,8 +90,8 @@ def measured(value: Any, form: str, factor: float = 1.0) -> str:
     return NOT_MEASURED if value is None else format(factor * value, form)
 
 
-def _half(estimate: Interval) -> str:
+def _half(estimate: Interval, factor: int) -> str:
     value, low, high = estimate["value"], estimate["low"], estimate["high"]
     if value is None or low is None or high is None:
         return ""
-    return f" ± {100 * max(high - value, value - low):.1f}"
+    return f" ± {factor * max(high - value, value - low):.1f}"

@@ -1,0 +1,156 @@
+"""What every method kept of the same pictures, side by side, in SVG that is laid over the picture."""
+
+from __future__ import annotations
+
+import base64
+import io
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from PIL import Image
+
+from tokenreduce.benchmarks.benchmark import Benchmark
+from tokenreduce.evaluation.records import ImageRecord, Record
+from tokenreduce.registry import BENCHMARKS
+from tokenreduce.reporting.comparisons import Comparison
+from tokenreduce.reporting.pictures import as_seen, borders, drawable, kept_and_groups, sample_of
+from tokenreduce.reporting.study import Row, Study
+
+_SIDE = 336
+"""Pixels of a picture's longer side."""
+_TINTS = 12
+"""Colours that merged groups take turns in; the page's style has them."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """One method's answer about a picture, and paths over it in units of tokens.
+
+    number:  the row's place in the study.
+    dropped: tokens that are gone; edges: where what is kept, or merged, changes; tints: merged tokens by colour.
+    """
+
+    row: Row
+    number: int
+    record: Record
+    right: bool
+    columns: int
+    rows: int
+    dropped: str
+    edges: str
+    tints: Mapping[int, str]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A sample with what every method made of it. picture: as ``data:`` URI, or None where there is none."""
+
+    record: Record
+    right: bool
+    picture: str | None
+    ratio: float
+    kept: Sequence[Kept]
+
+    @property
+    def budgets(self) -> dict[int, list[Kept]]:
+        """What was kept, by budget."""
+        found: dict[int, list[Kept]] = {}
+        for each in sorted(self.kept, key=lambda each: (not each.row.is_method, each.row.series)):
+            found.setdefault(each.row.budget, []).append(each)
+        return dict(sorted(found.items()))
+
+
+def first_samples(records: Iterable[Record], count: int) -> list[str]:
+    """``count`` samples, each of another image, going through the categories in turn: none is chosen for its look."""
+    by_image: dict[str, dict[str, str]] = {}
+    for record in records:
+        if record.error is None and record.images:
+            by_image.setdefault(record.image_id, {}).setdefault(record.category, record.id)
+    order = list(dict.fromkeys(category for each in by_image.values() for category in each))
+    chosen: list[str] = []
+    for samples in by_image.values():
+        if len(chosen) == count:
+            break
+        chosen.append(samples.get(order[len(chosen) % len(order)]) or next(iter(samples.values())))
+    return chosen
+
+
+def gallery(study: Study, samples: Iterable[str]) -> list[Drawn]:
+    """The study's answers about ``samples``, as far as it has them."""
+    plain = {record.id: record for record in study.unreduced.comparison.answered}
+    wanted = [plain[each] for each in samples if each in plain]
+    benchmark = _benchmark(study.unreduced.comparison) if wanted else None
+    return [_drawn(study, record, benchmark) for record in wanted]
+
+
+def _drawn(study: Study, plain: Record, benchmark: Benchmark | None) -> Drawn:
+    image = _image(benchmark, plain)
+    kept = []
+    for number, row in enumerate(study.rows[1:], 1):
+        runs = row.comparison.records.get(row.key, ())
+        record = runs[0].get(plain.id) if runs else None
+        if record is not None and record.error is None and record.images and drawable(record.images[0]):
+            kept.append(_kept(row, number, record, record.images[0]))
+    layout = plain.images[0] if plain.images else ImageRecord((1, 1, 1))
+    padded = bool(study.unreduced.comparison.config.get("model", {}).get("do_pad"))
+    seen = as_seen(image, layout, padded) if image else None
+    ratio = seen.height / seen.width if seen else layout.grid[1] / layout.grid[2]
+    return Drawn(plain, _right(plain), _encoded(seen) if seen else None, ratio, kept)
+
+
+def _kept(row: Row, number: int, record: Record, layout: ImageRecord) -> Kept:
+    _, rows, columns = layout.grid
+    kept, groups = kept_and_groups(layout)
+    cells = kept.reshape(rows, columns)
+    tints: dict[int, list[str]] = {}
+    if groups is not None:
+        for place, group in enumerate(groups):
+            if group >= 0:
+                tints.setdefault(int(group) % _TINTS, []).append(f"M{place % columns} {place // columns}h1v1h-1z")
+    dropped = []
+    for y in range(rows):
+        x = 0
+        while x < columns:
+            start = x
+            while x < columns and not cells[y, x]:
+                x += 1
+            if x > start:
+                dropped.append(f"M{start} {y}h{x - start}v1h-{x - start}z")
+            x += 1
+    edges = "".join(f"M{x} {y}L{to_x} {to_y}" for (x, y), (to_x, to_y) in borders(layout))
+    tinted = {tint: "".join(cells) for tint, cells in tints.items()}
+    return Kept(row, number, record, _right(record), columns, rows, "".join(dropped), edges, tinted)
+
+
+def _right(record: Record) -> bool:
+    return (record.score or 0.0) >= 0.5
+
+
+def _benchmark(comparison: Comparison) -> Benchmark | None:
+    """The benchmark that was asked, for its pictures; None, with a warning, where it cannot be made here."""
+    name = comparison.metrics["benchmark"]["name"]
+    knobs = comparison.metrics["run"]["identity"].get("benchmark", {}).get("knobs", {})
+    try:
+        return BENCHMARKS.create(name, **knobs)
+    except Exception as error:  # a benchmark of anybody's, on data that may be elsewhere; pictures are no necessity
+        warnings.warn(f"samples are drawn without their pictures: benchmark {name!r}: {error}", stacklevel=2)
+        return None
+
+
+def _image(benchmark: Benchmark | None, record: Record) -> Image.Image | None:
+    if benchmark is None:
+        return None
+    try:
+        return benchmark.images(sample_of(record))[0]
+    except Exception as error:  # as above, or a file that is gone
+        warnings.warn(f"sample {record.id!r} is drawn without its picture: {error}", stacklevel=2)
+        return None
+
+
+def _encoded(image: Image.Image) -> str:
+    small = image.convert("RGB")
+    small.thumbnail((_SIDE, _SIDE))
+    file = io.BytesIO()
+    small.save(file, "JPEG", quality=88)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode("ascii")
