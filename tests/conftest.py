@@ -10,8 +10,11 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
+from tokenreduce import create
+from tokenreduce.reducer import TokenReducer
 from tokenreduce.testing import tiny_llava
 from tokenreduce.testing.checkpoints import write_checkpoint
+from tokenreduce.testing.clip import write_clip
 
 torch.set_num_threads(1)
 
@@ -33,3 +36,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         return written[family]
 
     return directory
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP checkpoint for vision encoders as wide as those of all the small models."""
+    return write_clip(tmp_path_factory.mktemp("clip"), width=32)
+
+
+@pytest.fixture(scope="session")
+def made(clip: Path) -> Callable[[str], TokenReducer]:
+    """Any reducer by its name, with its own settings; what it loads is a small checkpoint."""
+    return lambda name: create(name, **({"clip": str(clip)} if name == "cdpruner" else {}))

@@ -118,8 +118,11 @@ def test_a_finished_run_is_not_done_again(run: Run) -> None:
 
 
 @pytest.mark.parametrize("reducer", REDUCERS.names())
-def test_every_reducer_runs(reducer: str, run: Run) -> None:
-    required = {"chain": ["reducer.reducers=[{name: pool, keep: 0.5}, {name: uniform, keep: 4}]"]}
+def test_every_reducer_runs(reducer: str, run: Run, clip: Path) -> None:
+    required = {
+        "chain": ["reducer.reducers=[{name: pool, keep: 0.5}, {name: uniform, keep: 4}]"],
+        "cdpruner": [f"reducer.clip={clip}"],
+    }
     outcome = run(f"reducer={reducer}", *required.get(reducer, []), *QUICK)
     assert outcome.status == 0, outcome.err
     metrics = read_metrics(finished_run(reducer))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from tokenreduce import available, create
+from tokenreduce import available
 from tokenreduce.reducer import AtProjector, Geometry, Selection, Span, Step, TokenReducer, VisualTokens
 from tokenreduce.testing import INVARIANTS, Identity, InvariantError, check_reducer, prompts, tiny_llava
 
@@ -31,8 +31,14 @@ def model(request: pytest.FixtureRequest) -> LlavaForConditionalGeneration:
 @pytest.mark.parametrize("images", [[1], [1, 3, 0], [0, 1, 2]], ids=str)
 @pytest.mark.parametrize("positions", ["compact", "original"])
 @pytest.mark.parametrize("name", [name for name in [*available("reducers"), "identity"] if name != "chain"])
-def test_reducer(model: LlavaForConditionalGeneration, name: str, positions: Any, images: list[int]) -> None:
-    reducer = Identity(positions=positions) if name == "identity" else create(name).with_positions(positions)
+def test_reducer(
+    model: LlavaForConditionalGeneration,
+    made: Callable[[str], TokenReducer],
+    name: str,
+    positions: Any,
+    images: list[int],
+) -> None:
+    reducer = Identity(positions=positions) if name == "identity" else made(name).with_positions(positions)
     check_reducer(reducer, model, prompts(model, images))
 
 

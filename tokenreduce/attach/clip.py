@@ -33,8 +33,11 @@ class ClipSpace:
 
     @torch.no_grad()
     def question(self, text: str) -> Tensor:
-        """Unit vectors ``(segments, dim)``. A text that is too long for the text tower is cut, as in CDPruner's official
-        code: only the first segment begins with a begin-of-text token, and only the last one ends with its end."""
+        """Unit vectors ``(segments, dim)``.
+
+        A text that is too long for the text tower is cut as in CDPruner's official code: the begin-of-text token is in
+        the first segment alone, and the end-of-text token in the last.
+        """
         tokens = self._tokenizer(text, return_tensors="pt", verbose=False).to(self._norm.weight.device)
         ids, mask = tokens["input_ids"], tokens["attention_mask"]
         missing = -ids.shape[1] % self._segment
@@ -45,10 +48,10 @@ class ClipSpace:
     @torch.no_grad()
     def patches(self, states: Tensor) -> Tensor:
         """Unit vectors ``(n, dim)`` for a vision encoder's states ``(n, width)``."""
-        width = self._visual_projection.in_features
-        if states.shape[-1] != width:
+        found, width = states.shape[-1], self._visual_projection.in_features
+        if found != width:
             raise ValueError(
-                f"{self.checkpoint} projects states of width {width}, and this model's vision encoder has {states.shape[-1]}: "
+                f"{self.checkpoint} projects states of width {width}, and this model's vision encoder has {found}: "
                 "name the CLIP model that the encoder comes from"
             )
         return normalize(self._visual_projection(self._norm(states.float())), dim=-1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -37,6 +38,9 @@ from tokenreduce.reducer import (
 from tokenreduce.registry import MODELS
 
 Inputs = Mapping[str, Any]
+
+QUESTION = "what is in the picture ?"
+"""What reducers that read the question are told."""
 
 
 class InvariantError(AssertionError):
@@ -91,7 +95,7 @@ def identity_changes_nothing(reducer: TokenReducer, model: PreTrainedModel, inpu
     plain, tokens = _logits(model, inputs), _generate(model, inputs)
     sites = [replace(step, keep=1.0) for step in _steps(reducer, model) if not isinstance(step, AtInput)]
     for site in sites or [AtProjector(keep=1.0)]:
-        with reduce_tokens(model, Identity(site=site, positions=reducer.positions_after(site))):
+        with _attached(model, Identity(site=site, positions=reducer.positions_after(site))):
             _same(plain, _logits(model, inputs), f"logits under the identity reducer at {site}")
             _same(tokens, _generate(model, inputs), f"tokens under the identity reducer at {site}")
 
@@ -101,7 +105,7 @@ def model_is_left_untouched(reducer: TokenReducer, model: PreTrainedModel, input
     before = _logits(model, inputs)
     attributes = set(vars(model))
     try:
-        with reduce_tokens(model, reducer):
+        with _attached(model, reducer):
             _logits(model, inputs)
             raise KeyboardInterrupt
     except KeyboardInterrupt:
@@ -114,7 +118,7 @@ def model_is_left_untouched(reducer: TokenReducer, model: PreTrainedModel, input
 def counts_are_exact(reducer: TokenReducer, model: PreTrainedModel, inputs: Inputs) -> None:
     """Every image keeps what ``count`` promised, and every layer's key-value cache has the prompt's reported length."""
     cache = DynamicCache()
-    with reduce_tokens(model, reducer) as attachment:
+    with _attached(model, reducer) as attachment:
         _call(model, inputs, past_key_values=cache)
     geometry = attachment.family.geometry
     steps = reducer.steps(geometry)
@@ -158,12 +162,12 @@ def neighbours_do_not_matter(reducer: TokenReducer, model: PreTrainedModel, inpu
         return
     steps = _steps(reducer, model)
     plain = _logits(model, inputs)[:, -1]
-    with reduce_tokens(model, reducer) as attachment:
+    with _attached(model, reducer) as attachment:
         reduced = _logits(model, _positioned(inputs, attachment))[:, -1]
         together = attachment.samples
     for row, single in enumerate(_rows(inputs, attachment)):
         plain_gap = (_logits(model, single)[0, -1] - plain[row]).abs().max()
-        with reduce_tokens(model, reducer) as alone:
+        with _attached(model, reducer) as alone:
             gap = (_logits(model, single)[0, -1] - reduced[row]).abs().max()
         if together[row].images and alone.samples != [together[row]]:
             if plain_gap and model.dtype != torch.float32 and any(isinstance(step, AtDecoder) for step in steps):
@@ -178,7 +182,7 @@ def neighbours_do_not_matter(reducer: TokenReducer, model: PreTrainedModel, inpu
 
 def runs_repeat(reducer: TokenReducer, model: PreTrainedModel, inputs: Inputs) -> None:
     """The same call gives the same selection and the same logits."""
-    with reduce_tokens(model, reducer) as attachment:
+    with _attached(model, reducer) as attachment:
         logits, samples = _logits(model, inputs), attachment.samples
         _same(logits, _logits(model, inputs), "logits of a second run")
     if attachment.samples != samples:
@@ -187,7 +191,7 @@ def runs_repeat(reducer: TokenReducer, model: PreTrainedModel, inputs: Inputs) -
 
 def equals_the_literal_sequence(reducer: TokenReducer, model: PreTrainedModel, inputs: Inputs) -> None:
     """The language model computes what a plain loop over its layers computes on the tokens that stay."""
-    with reduce_tokens(model, reducer) as attachment:
+    with _attached(model, reducer) as attachment:
         reduced = _logits(model, _positioned(inputs, attachment))[:, 0]
         rows = list(_rows(inputs, attachment))
     for row, single in enumerate(rows):
@@ -197,7 +201,7 @@ def equals_the_literal_sequence(reducer: TokenReducer, model: PreTrainedModel, i
 def dropping_equals_masking(reducer: TokenReducer, model: PreTrainedModel, inputs: Inputs) -> None:
     """Plain dropping at the projector with original positions equals the full-length model with the dropped tokens
     masked."""
-    with reduce_tokens(model, reducer.with_positions("original")) as attachment:
+    with _attached(model, reducer.with_positions("original")) as attachment:
         reduced = _logits(model, inputs)
         if not attachment.drops_only:
             return
@@ -216,7 +220,7 @@ def dropping_equals_masking(reducer: TokenReducer, model: PreTrainedModel, input
 def dtype_is_kept(reducer: TokenReducer, model: PreTrainedModel, inputs: Inputs) -> None:
     """Logits keep the plain model's dtype and device."""
     plain = _logits(model, inputs)
-    with reduce_tokens(model, reducer):
+    with _attached(model, reducer):
         reduced = _logits(model, inputs)
     if (reduced.dtype, reduced.device) != (plain.dtype, plain.device):
         raise InvariantError(f"logits became {reduced.dtype} on {reduced.device}, from {plain.dtype} on {plain.device}")
@@ -246,6 +250,10 @@ def _check_source(reducer: TokenReducer, grid: Grid, done: StepReduction) -> Non
     """Every token went into a row, and every row that stands for a token holds it."""
     if len(done.source) != len(grid) or min(done.source) < -1:
         raise InvariantError(f"{reducer} gave a source that is no map of {len(grid)} tokens: {done.source}")
+
+
+def _attached(model: PreTrainedModel, reducer: TokenReducer) -> AbstractContextManager[Attachment]:
+    return reduce_tokens(model, reducer, question=QUESTION)
 
 
 def _call(model: PreTrainedModel, inputs: Inputs, **options: Any) -> Any:
@@ -291,7 +299,7 @@ def _rows(inputs: Inputs, attachment: Attachment) -> Iterator[dict[str, Any]]:
 def _literal(model: PreTrainedModel, single: Inputs, reducer: TokenReducer) -> Tensor:
     """The last logits of one sample, ``(vocabulary,)``: embeddings, position ids and layers put together by hand."""
     log: list[tuple[Step, Selection]] = []
-    with reduce_tokens(model, _Recorded(inner=reducer, log=log)) as attachment:
+    with _attached(model, _Recorded(inner=reducer, log=log)) as attachment:
         _logits(model, single)
     inside = [(step, selection) for step, selection in log if isinstance(step, AtDecoder)]
     family, ids = attachment.family, single["input_ids"][0]
@@ -350,7 +358,7 @@ def _entering(attachment: Attachment, reducer: TokenReducer, single: Inputs) -> 
     if any(name in single for name in family.vision_inputs):
         site = VisionSite(reducer, family)
         with site.installed(), torch.no_grad():
-            reduced = site.reduce(single)
+            reduced = site.reduce(single, [QUESTION] * len(family.pictures(single)))
     (row,) = attachment.rows(single, [each.picture for each in reduced])
     left = [(columns, *reduced[number].left()) for number, columns in row]
     chosen = [int(column) for columns, places, _, _ in left for column in columns[places]]
