@@ -25,8 +25,10 @@ from tokenreduce.configuration import (
     sweep_place,
 )
 from tokenreduce.evaluation import read_metrics
+from tokenreduce.evaluation.comparison import METRICS
 from tokenreduce.evaluation.processes import Processes, dismiss, launched
 from tokenreduce.job import plain_console, run
+from tokenreduce.reporting.html import PAGE, write_report
 from tokenreduce.reporting.table import overview
 from tokenreduce.sweep import Marks, Outcome, marks, outcomes_since, varied
 
@@ -109,6 +111,7 @@ def _conclude(sweep: Path, outcomes: Sequence[Outcome]) -> bool:
         console.print()
         console.print(overview(comparisons))
         console.print()
+        _report(sweep, [sweep.parent / outcome.run for outcome in outcomes if outcome.run is not None])
     names = varied(outcomes)
     failures = [f"{names[each.number]}: {each.error}" for each in outcomes if each.error is not None]
     for failure in failures:
@@ -116,6 +119,18 @@ def _conclude(sweep: Path, outcomes: Sequence[Outcome]) -> bool:
     if failures:
         print(f"{len(failures)} of {len(outcomes)} jobs failed; the same command tries them again", file=sys.stderr)
     return bool(failures)
+
+
+def _report(sweep: Path, runs: Sequence[Path]) -> None:
+    """Write the sweep's report, unless one stands there that is newer than all results; it can cost no result."""
+    page = sweep / "report" / PAGE
+    if not page.exists() or any((run / METRICS).stat().st_mtime > page.stat().st_mtime for run in runs):
+        try:
+            write_report(runs, page.parent)
+        except Exception as error:  # drawing may fail in any way; the results are on disk already
+            print(f"warning: no report: {error} (python -m tokenreduce.report {sweep.parent})", file=sys.stderr)
+            return
+    print(f"{'report':<9} {page}")
 
 
 _USERS_ERRORS = (ValueError, TypeError, OSError)

@@ -103,9 +103,7 @@ class Attachment:
     question: what the prompts of the next call ask, as for :func:`reduce_tokens`; can be set anew before every call.
     """
 
-    def __init__(
-        self, family: ModelFamily, reducer: TokenReducer, question: str | Sequence[str] | None = None
-    ) -> None:
+    def __init__(self, family: ModelFamily, reducer: TokenReducer, question: str | Sequence[str] | None = None) -> None:
         self.family = family
         self.model = family.model
         self.reducer = reducer
