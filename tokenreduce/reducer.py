@@ -91,6 +91,7 @@ class Geometry:
     feature_layer: the 0-based encoder layer whose output the projector takes.
     class_token:   whether the encoder's sequence begins with one.
     tokens:        how many visual tokens every image, or tile of one, gives; None where that depends on the image.
+    patches_per_token: of how many of the encoder's patches the projector makes one visual token.
     """
 
     encoder_layers: int
@@ -98,6 +99,7 @@ class Geometry:
     feature_layer: int
     class_token: bool
     tokens: int | None = None
+    patches_per_token: int = 1
 
 
 @dataclass(frozen=True)

@@ -51,11 +51,12 @@ class VisionZip(TokenReducer):
     def count(self, step: Step, span: Span) -> int:
         kept = tokens_to_keep(self.keep, span.entered)
         contextual = tokens_to_keep(self.contextual, kept, "round")
-        if kept < contextual + int(span.geometry.class_token):
+        needed = contextual + int(span.geometry.class_token)
+        if kept < needed and isinstance(self.keep, int):
             raise ValueError(
                 f"keep={self.keep} leaves {kept} rows, too few for the class token and {contextual} merged"
             )
-        return kept
+        return max(kept, needed)  # of a small tile a ratio may leave less
 
     def select(self, step: Step, tokens: VisualTokens) -> Selection:
         kept, device = tokens.keep, tokens.features.device

@@ -8,7 +8,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokenreduce.reducer import AtEncoderOutput, Geometry, Keep, Layer, ScoreReducer, Step, VisualTokens, layer_index
+from tokenreduce.reducer import (
+    AtEncoderOutput,
+    AtProjector,
+    Geometry,
+    Keep,
+    Layer,
+    ScoreReducer,
+    Step,
+    VisualTokens,
+    layer_index,
+)
 from tokenreduce.signals import EncoderAttention
 
 
@@ -18,7 +28,8 @@ class VtcCls(ScoreReducer):
 
     ``start`` is the first of those layers; the last of them is the encoder's penultimate one. -4, three layers, is the
     paper's; the official command line defaults to -8. In an encoder without class token, which the method does not
-    cover, the attention that tokens receive from all tokens takes its place.
+    cover, the attention that tokens receive from all tokens takes its place. It acts before the projector, as published,
+    unless that makes one token of several patches: then it acts behind it, on the mean over a token's patches.
     Presets: vtc_cls_64, vtc_cls_128 and vtc_cls_256, the published budgets.
     """
 
@@ -33,7 +44,8 @@ class VtcCls(ScoreReducer):
         layers = range(layer_index(self.start, depth), depth - 1)
         if not layers:
             raise ValueError(f"start={self.start} is the last of {depth} encoder layers, which never counts: lower it")
-        return [AtEncoderOutput(keep=self.keep, sees=tuple(EncoderAttention(layer) for layer in layers))]
+        site = AtEncoderOutput if geometry.patches_per_token == 1 else AtProjector
+        return [site(keep=self.keep, sees=tuple(EncoderAttention(layer) for layer in layers))]
 
     def score(self, tokens: VisualTokens) -> Tensor:
         (step,) = self.steps(tokens.span.geometry)

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
+    AyaVisionConfig,
+    AyaVisionForConditionalGeneration,
     DynamicCache,
     GenerationConfig,
     LlavaConfig,
-    LlavaOnevisionConfig,
-    LlavaOnevisionForConditionalGeneration,
     LogitsProcessor,
     StoppingCriteria,
 )
@@ -268,12 +268,12 @@ def test_an_unsupported_model_is_refused_by_name() -> None:
         "num_attention_heads": 1,
         "vocab_size": 16,
     }
-    config = LlavaOnevisionConfig(
-        vision_config={"model_type": "siglip_vision_model", **vision}, text_config={"model_type": "qwen2", **text}
+    config = AyaVisionConfig(
+        vision_config={"model_type": "siglip_vision_model", **vision}, text_config={"model_type": "cohere2", **text}
     )
-    model = LlavaOnevisionForConditionalGeneration(config)
+    model = AyaVisionForConditionalGeneration(config)
     with (
-        pytest.raises(ValueError, match="LlavaOnevisionForConditionalGeneration are not supported; supported: Llava"),
+        pytest.raises(ValueError, match="AyaVisionForConditionalGeneration are not supported; supported: Gemma3"),
         reduce_tokens(model, "uniform"),
     ):
         pass

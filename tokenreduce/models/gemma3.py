@@ -37,6 +37,8 @@ class Gemma3(ModelFamily):
             feature_layer=config.vision_config.num_hidden_layers - 1,
             class_token=False,
             tokens=config.mm_tokens_per_image,
+            patches_per_token=(config.vision_config.image_size // config.vision_config.patch_size) ** 2
+            // config.mm_tokens_per_image,
         )
 
     def pictures(self, inputs: Inputs) -> list[Picture]:

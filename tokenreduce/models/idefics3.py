@@ -37,6 +37,7 @@ class Idefics3(ModelFamily):
             feature_layer=config.vision_config.num_hidden_layers - 1,
             class_token=False,
             tokens=side**2,
+            patches_per_token=config.scale_factor**2,
         )
 
     @property

@@ -34,6 +34,7 @@ class InternVL(ModelFamily):
             feature_layer=config.vision_feature_layer % (depth + 1) - 1,  # hidden state 0 is the first layer's input
             class_token=True,
             tokens=config.image_seq_length,
+            patches_per_token=round(1 / config.downsample_ratio**2),
         )
 
     def pictures(self, inputs: Inputs) -> list[Picture]:

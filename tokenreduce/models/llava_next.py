@@ -41,7 +41,7 @@ class LlavaNext(Llava):
         return image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
 
     def packed(self, places: Tensor, size: Tensor) -> Tensor:
-        """One picture's tiles ``(tiles, tokens, 1)`` in the model's own packing, -1 at newlines: ``(placeholders,)``."""
+        """One picture's tiles ``(tiles, tokens, 1)`` as the model packs them, -1 at newlines: ``(placeholders,)``."""
         packed, _ = self.model.base_model.pack_image_features(
             [places], size[None], vision_feature_select_strategy="default", image_newline=places.new_tensor([-1.0])
         )

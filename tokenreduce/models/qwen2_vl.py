@@ -37,6 +37,7 @@ class Qwen2VL(ModelFamily):
             decoder_layers=self.model.config.text_config.num_hidden_layers,
             feature_layer=depth - 1,
             class_token=False,
+            patches_per_token=self.model.config.vision_config.spatial_merge_size**2,
         )
 
     @property
