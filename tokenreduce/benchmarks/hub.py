@@ -23,21 +23,13 @@ _CHUNK = 1 << 22
 class HubDataset(TabularBenchmark):
     """A data set with a question and its image in every row.
 
-    Parameters
-    ----------
-    path
-        Its name on the hub, ``lmms-lab/POPE``, or a folder in the hub's layout.
-    subset
-        Which of the data set's configurations, where it has several.
-    split
-        Such as ``test`` or ``validation``.
-    revision
-        A branch, tag or commit of the hub.
-    images_subset
-        The configuration that holds the images, by ``id``, where they stand apart from the questions; the questions
+    path: its name on the hub, such as ``lmms-lab/POPE``, or a folder in the hub's layout.
+    subset: which of the data set's configurations, where it has several.
+    split: such as ``test`` or ``validation``.
+    revision: a branch, tag or commit of the hub.
+    images_subset: the configuration that holds the images, by ``id``, where they stand apart from the questions; these
         name them in ``image_id_column``.
-    streaming
-        Fetch only the samples that are asked for, and keep them in memory: for a small ``limit``.
+    streaming: fetch only the samples that are asked for, and keep them in memory: for a small ``limit``.
     """
 
     description: ClassVar[str] = "a data set of the Hugging Face hub, or in its layout on disk"

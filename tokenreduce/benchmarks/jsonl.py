@@ -22,15 +22,13 @@ _SHOWN = 80
 class JsonLines(TabularBenchmark):
     """A question a line, ``{"image": "cat.jpg", "question": "What is it?", "answer": "a cat"}``, beside its images.
 
-    Parameters
-    ----------
-    path
-        The file, or a folder with a single ``.jsonl`` file in it.
-    images_folder
-        Where the images are that lines name, as seen from the file.
-    id_column, category_column
-        As for any table; under the names "id" and "category", lines may do without them, and are known by their
-        number and reported together then.
+    path: the file, or a folder with a single ``.jsonl`` file in it.
+    images_folder: where the images are that lines name, as seen from the file.
+    id_column: the column that names a sample; under the name "id" lines may do without it, and are known by their
+        number then.
+    category_column: the column of the group that a sample is reported in; under the name "category" lines may do
+        without it.
+    image_id_column: the column that names a sample's image; without one, it is the file's name.
     """
 
     description: ClassVar[str] = "your own images and questions: a JSON-lines file beside a folder of images"

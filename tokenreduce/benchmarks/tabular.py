@@ -22,24 +22,19 @@ Row = Mapping[str, Any]
 class TabularBenchmark(Benchmark):
     """Questions in the rows of a table.
 
-    Parameters
-    ----------
-    metric
-        How answers are scored: exact, vqa, anls, relaxed, yes_no, mme, choice or mmbench (see ``scoring.METRICS``).
-    image_column, question_column, answer_column
-        Names of columns. A row may have one image or a list of them, and one accepted answer or a list of them.
-    id_column, image_id_column, category_column
-        Columns that name a sample, its image, and the group it is reported in; each may be missing. Without them,
-        samples are known by their row number and images by their content.
-    choice_columns
-        For multiple choice: the column that holds a list of choices, or a column for each choice. They are written
-        below the question, and the answer column holds the right one's letter, its place from 0, or its words.
-    hint_column, hint_prefix
-        A text that is written above the question where a row has it, and what goes before it.
-    remove
-        A phrase that is taken out of every question.
-    shuffle
-        A seed to take the rows in random order; a shorter run is a prefix of a longer one in this order too.
+    metric: how answers are scored: exact, vqa, anls, relaxed, yes_no, mme, choice or mmbench.
+    image_column: the column of a row's image, or of a list of them.
+    question_column: the column of the question.
+    answer_column: the column of the accepted answer, or of a list of them.
+    id_column: the column that names a sample; without one, samples are known by their row number.
+    image_id_column: the column that names a sample's image; without one, images are known by their content.
+    category_column: the column of the group that a sample is reported in.
+    choice_columns: for multiple choice, the column that holds a list of choices, or a column for each choice. They are
+        written below the question, and the answer column holds the right one's letter, its place from 0, or its words.
+    hint_column: the column of a text that is written above the question, where a row has one.
+    hint_prefix: what goes before such a text.
+    remove: a phrase that is taken out of every question.
+    shuffle: a seed to take the rows in random order; a shorter run is a prefix of a longer one in this order too.
     """
 
     metric: str = "exact"
