@@ -45,8 +45,8 @@ def loaded(request: pytest.FixtureRequest, checkpoint: Checkpoint) -> Iterator[L
 
 
 @pytest.mark.parametrize("name", REDUCERS)
-def test_reducer(loaded: Loaded, name: str) -> None:
-    reducer = _of_a_small_tile(create(name))
+def test_reducer(loaded: Loaded, made: Callable[[str], TokenReducer], name: str) -> None:
+    reducer = _of_a_small_tile(made(name))
     if reason := _refusal(loaded.model, name):
         with pytest.raises(ValueError, match="cannot host") as refused, reduce_tokens(loaded.model, reducer):
             pass
