@@ -42,7 +42,7 @@ def test_the_built_in_reducers_are_all_usable() -> None:
     assert {"none", "no_image", "random", "uniform", "pool", "downsample", "fopru_rank", "fopru_row"} <= set(
         registry.REDUCERS.usable()
     )
-    assert tokenreduce.available("models") == ["llava"]
+    assert "llava" in tokenreduce.available("models")
     assert "scenes" in tokenreduce.available("benchmarks")
 
 

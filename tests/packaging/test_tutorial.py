@@ -51,6 +51,7 @@ def test_the_tutorial_word_for_word(environment: Environment, tmp_path: Path) ->
                 assert plain(line) in plain(printed), printed
         else:
             pytest.fail(f"a block of {block.language} that is neither typed nor written")
+        assert "warning" not in printed
     row = next(line for line in (tmp_path / "report" / "report.md").read_text().splitlines() if "surprise" in line)
     assert "36" in row
     assert "surprise" in (tmp_path / "report" / "index.html").read_text()

@@ -1,0 +1,109 @@
+"""A reducer, a benchmark and a model family of other people work in every process there is, and a broken package beside
+them hurts nobody."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tokenreduce.catalog.scaffold import create_package
+from tokenreduce.evaluation import read_records
+from tokenreduce.testing.checkpoints import write_checkpoint
+
+from .environment import Environment
+from .test_tutorial import blocks
+
+pytestmark = pytest.mark.xdist_group("installed")
+
+PACKAGES = ("brightest", "greys", "ours", "wrecked")
+QUICK = "benchmark.limit=6 evaluation.random_seeds=1 evaluation.timing_pairs=0 evaluation.pictures=0 tracking=none"
+WRECKED = """
+[build-system]
+requires = ["setuptools>=77"]
+build-backend = "setuptools.build_meta"
+
+[project]
+name = "wrecked"
+version = "1.0"
+
+[project.entry-points."tokenreduce.reducers"]
+wrecked = "wrecked:Wrecked"
+fopru_row = "wrecked:Thief"
+
+[project.entry-points."tokenreduce.models"]
+wrecked = "wrecked:Wrecked"
+
+[project.entry-points."tokenreduce.configs"]
+wrecked = "wrecked.conf"
+"""
+
+
+@pytest.fixture
+def folder(environment: Environment, tmp_path: Path) -> Iterator[Path]:
+    """An empty folder but for a checkpoint of the family's class, while the packages are installed, not editable."""
+    sources, here = tmp_path / "sources", tmp_path / "here"
+    create_package("brightest", sources)
+    for block in blocks():
+        if block.title and block.title.split("/")[0] in ("greys", "ours"):
+            file = sources / block.title
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(block.text, encoding="utf-8")
+    broken = sources / "wrecked" / "src" / "wrecked" / "conf"
+    broken.mkdir(parents=True)
+    (sources / "wrecked" / "pyproject.toml").write_text(WRECKED)
+    (broken / "__init__.py").touch()
+    (broken.parent / "__init__.py").write_text("raise RuntimeError('out of order')\n")
+    write_checkpoint("llava", here / "checkpoint")
+    config = here / "checkpoint" / "config.json"
+    named = {"model_type": "ours", "architectures": ["OursForConditionalGeneration"]}
+    config.write_text(json.dumps(json.loads(config.read_text()) | named))
+    environment.run(f"pip install {' '.join(f'./{name}' for name in PACKAGES)}", sources)
+    assert set(PACKAGES) <= installed(environment, here)
+    yield here
+    environment.run(f"pip uninstall --yes {' '.join(PACKAGES)}", here)
+    assert not set(PACKAGES) & installed(environment, here)
+
+
+def installed(environment: Environment, folder: Path) -> set[str]:
+    """The names under which packages offer something to tokenreduce."""
+    code = (
+        "from importlib.metadata import entry_points; print(*(f'{each.group}:{each.name}' for each in entry_points()))"
+    )
+    found = (each.split(":") for each in environment.run(f'python -c "{code}"', folder).split())
+    return {name for group, name in found if group.startswith("tokenreduce.")}
+
+
+def answers(output: Path, reducer: str) -> list[list[tuple[str, str | None, tuple[int, ...]]]]:
+    """What each run of a reducer found out: samples, answers and the tokens that stayed."""
+    found = []
+    for run in output.glob(f"{reducer}-*"):
+        records = read_records(run)
+        assert [record.error for record in records] == [None] * 6
+        found.append([(record.id, record.answer, record.images[0].steps[-1].index) for record in records])
+    return found
+
+
+def test_they_work_in_the_processes_of_any_launcher(environment: Environment, folder: Path) -> None:
+    """Two processes share one evaluation; two workers have a job each, the second of which is a preset's."""
+    ours = f"model.path=checkpoint benchmark=greys benchmark.cards=9 {QUICK}"
+    # Where there is no GPU, this option is how accelerate starts several processes without MPI.
+    launch = "accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    printed = environment.run(
+        f"{launch} -m tokenreduce reducer=brightest reducer.keep=9 output=shared {ours}",
+        folder,
+        CUDA_VISIBLE_DEVICES="",
+    )
+    assert "wrecked is skipped: RuntimeError: out of order" in printed
+    assert "'fopru_row' of wrecked is ignored: the name belongs to tokenreduce" in printed
+    assert "9 / 36" in printed
+
+    printed = environment.run(
+        f"python -m tokenreduce -m launcher=joblib hydra.launcher.n_jobs=2 output=sweep {ours}"
+        " 'reducer=brightest_64,brightest' reducer.keep=9",
+        folder,
+    )
+    shared, swept = answers(folder / "shared", "brightest"), answers(folder / "sweep", "brightest")
+    assert shared[0] in swept
