@@ -95,7 +95,13 @@ def test_the_tracking_node_is_what_tracking_takes() -> None:
 @pytest.mark.usefixtures("hydra")
 def test_a_checkpoint_is_loaded_in_the_runtimes_precision_unless_the_model_says_otherwise() -> None:
     for choice in options("model"):
-        assert set(compose(CONFIG_NAME, [f"model={choice}"]).model) == {"path", "revision", "dtype", "do_pad"}
+        assert set(compose(CONFIG_NAME, [f"model={choice}"]).model) == {
+            "path",
+            "revision",
+            "dtype",
+            "do_pad",
+            "image",
+        }
     assert compose(CONFIG_NAME, ["runtime=cuda_flash"]).runtime.attention == "flash_attention_2"
     assert MODELS.names()
 

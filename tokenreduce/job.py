@@ -110,6 +110,7 @@ def _bench(config: DictConfig, processes: Processes, console: Console, sweep: Sw
         dtype=config.model.dtype or config.runtime.dtype,
         attention=config.runtime.attention,
         do_pad=config.model.do_pad,
+        image=plain["model"]["image"],
     )
     bench = Bench(made_from, benchmark, Comparer(model, processor, benchmark, settings, processes))
     if sweep is not None:

@@ -91,3 +91,11 @@ def test_damaged_weights_are_told(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_supported_classes_are_the_families() -> None:
     assert "LlavaForConditionalGeneration" in supported_classes()
+
+
+def test_settings_of_the_image_processor_are_overridden(checkpoint: Path) -> None:
+    _, processor = load(str(checkpoint), image={"image_mean": [0.0, 0.0, 0.0]})
+    white = processor.image_processor(Image.new("RGB", (48, 48), "white"), return_tensors="pt")["pixel_values"]
+    assert torch.allclose(white[0, 0], torch.tensor(1 / processor.image_processor.image_std[0]))
+    with pytest.raises(ValueError, match=r"has no tiles: its settings are .*image_mean"):
+        load(str(checkpoint), image={"tiles": 3})

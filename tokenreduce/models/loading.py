@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,13 @@ def load(
     dtype: str = "float32",
     attention: str = "sdpa",
     do_pad: bool | None = None,
+    image: Mapping[str, Any] | None = None,
 ) -> tuple[PreTrainedModel, Any]:
     """A model in evaluation mode and its processor.
 
     ``path`` is a directory, a name on the Hugging Face hub, or ``"tiny"``; ``attention`` names a kernel as transformers
-    does; ``do_pad`` overrides whether pictures are squared by padding, as LLaVA-1.5 was trained, and not by cropping.
+    does; ``do_pad`` overrides whether pictures are squared by padding, as LLaVA-1.5 was trained, and not by cropping;
+    ``image`` other settings of the image processor, such as ``{"max_patches": 6}`` for InternVL's tiles.
     Raises ``ValueError`` for a checkpoint, precision or device that cannot be used, saying what can.
     """
     precision = _precision(dtype)
@@ -51,6 +54,11 @@ def load(
     _check_supported(path, config)
     try:
         processor = processor_of(source, **options)
+    except ImportError as error:
+        raise ValueError(f"the processor of model.path={path!r} cannot be made here: {_first_line(error)}") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the processor of model.path={path!r} cannot be loaded: {_first_line(error)}") from error
+    try:
         model = AutoModelForImageTextToText.from_pretrained(
             source, dtype=precision, attn_implementation=attention, **options
         )
@@ -61,6 +69,8 @@ def load(
     processor.tokenizer.padding_side = "left"
     if do_pad is not None:
         processor.image_processor = _padding(processor.image_processor, do_pad)
+    if image:
+        processor.image_processor = _with_settings(processor.image_processor, image)
     return model.to(device).eval(), processor
 
 
@@ -137,6 +147,14 @@ def _padding(image_processor: Any, do_pad: bool) -> Any:
         image_processor = LlavaImageProcessorPil(**settings)
     image_processor.do_pad = do_pad
     return image_processor
+
+
+def _with_settings(image_processor: Any, settings: Mapping[str, Any]) -> Any:
+    """The image processor with other settings."""
+    kind, own = type(image_processor), image_processor.to_dict()
+    if unknown := [name for name in settings if not hasattr(image_processor, name)]:
+        raise ValueError(f"a {kind.__name__} has no {', '.join(unknown)}: its settings are {', '.join(sorted(own))}")
+    return kind(**{name: value for name, value in own.items() if not name.endswith("_type")} | dict(settings))
 
 
 def _first_line(error: Exception) -> str:
