@@ -29,7 +29,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return result
 
 
-@pytest.mark.parametrize("scenario", ["killed", "interrupted", "doubled", "full"])
+@pytest.mark.parametrize("scenario", ["killed", "interrupted", "doubled", "shared", "bereft", "full"])
 def test_the_records_are_those_of_a_calm_run(found: dict[str, Any], scenario: str) -> None:
     assert found[scenario]["records"] == found["calm"]["records"]
     assert found[scenario]["written"] == found["calm"]["written"] == 24
@@ -54,6 +54,13 @@ def test_an_interrupt_leaves_whole_lines(found: dict[str, Any]) -> None:
 
 def test_a_second_job_waits_and_does_nothing_twice(found: dict[str, Any]) -> None:
     assert found["doubled"]["answered"] == [0, 24] and found["doubled"]["waited"] == [True, False]
+
+
+def test_processes_that_share_a_run_end_when_one_dies_and_leave_nothing_to_put_together(found: dict[str, Any]) -> None:
+    first, second, last = found["shared"]["ends"]
+    assert first[1] == second[0] == -9 and first[0] not in (0, -9) and second[1] not in (0, -9) and last == [0, 0]
+    assert found["shared"]["left"] == found["bereft"]["left"] == 0
+    assert found["bereft"]["parts"] == 2, "there was something to put together"
 
 
 def test_a_full_disk_is_a_clear_error(found: dict[str, Any]) -> None:

@@ -26,6 +26,7 @@ class Watched(Silent):
         self.starts: list[tuple[str, int, int]] = []
         self.advanced = 0
         self.finished = 0
+        self.notes: list[str] = []
 
     def start(self, phase: str, total: int, done: int = 0) -> None:
         self.starts.append((phase, total, done))
@@ -35,6 +36,9 @@ class Watched(Silent):
 
     def finish(self) -> None:
         self.finished += 1
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
 
 
 @pytest.fixture
@@ -168,6 +172,30 @@ def test_a_run_that_cannot_work_ends_at_once_and_leaves_no_records(
     assert len(calls) < 12 and read_records(tmp_path / "run") == []
     monkeypatch.undo()
     assert all(record.error is None for record in run("none"))
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("no room"), RuntimeError("CUDA out of memory. Tried")], ids=str
+)
+def test_out_of_memory_halves_the_batch_and_says_so(
+    error: Exception, run: Evaluate, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    generate = model.generate
+
+    def narrow(**inputs: Any) -> Any:
+        sizes.append(len(inputs["input_ids"]))
+        if sizes[-1] > 3:
+            raise error
+        return generate(**inputs)
+
+    calm = run("none", batch_size=7, folder=tmp_path / "calm")
+    monkeypatch.setattr(model, "generate", narrow)
+    progress = Watched()
+    records = run("none", batch_size=7, progress=progress)
+    assert sizes == [7, 3, 3, 1, 3], "found out once; the last batch is ragged"
+    assert progress.notes == ["out of memory with 7 samples at once: going on with 3"]
+    assert [record.answer for record in records] == [record.answer for record in calm]
 
 
 def test_more_tokens_than_there_are_is_the_reducers_own_error(

@@ -11,6 +11,7 @@ import os
 import random
 import resource
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -24,7 +25,8 @@ import torch
 from conftest import Cards, make_model, make_processor  # type: ignore[import-not-found]
 
 from tokenreduce import create
-from tokenreduce.evaluation import Silent, StorageError, evaluate, read_records, records
+from tokenreduce.evaluation import Processes, Silent, StorageError, evaluate, read_records, records
+from tokenreduce.evaluation.processes import launched
 
 KILLS = 20
 FORK = multiprocessing.get_context("fork")
@@ -46,7 +48,7 @@ class Batches(Silent):
         self.waited = True
 
 
-def run(folder: Path, progress: Silent | None = None) -> None:
+def run(folder: Path, progress: Silent | None = None, processes: Processes | None = None) -> None:
     evaluate(
         MODEL,
         PROCESSOR,
@@ -56,6 +58,7 @@ def run(folder: Path, progress: Silent | None = None) -> None:
         batch_size=4,
         max_new_tokens=3,
         progress=progress,
+        processes=processes,
     )
 
 
@@ -183,6 +186,39 @@ def doubled(folder: Path) -> dict[str, Any]:
     return {"answered": [done for done, _ in found], "waited": [waited for _, waited in found]}
 
 
+def together(folder: Path, victim: int | None = None) -> list[int]:
+    """Two processes that share a run, one of which may die in the middle of a line; how each of them ended."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def work(index: int) -> int:
+        place = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
+        processes = launched()
+        if index == victim:
+            die_after(1500)
+        run(folder, processes=processes)
+        return 0
+
+    children = [fork(partial(work, index)) for index in range(2)]
+    return [status(child) for child in children]
+
+
+def shared(folder: Path) -> dict[str, Any]:
+    """Each of two processes dies once; then both live."""
+    ends = [together(folder, victim) for victim in (1, 0, None)]
+    return {"ends": ends, "left": len(list(folder.glob(records.PARTS)))}
+
+
+def bereft(folder: Path) -> dict[str, Any]:
+    """One of two processes dies, and one alone goes on."""
+    ends = together(folder, 1)
+    parts = len(list(folder.glob(records.PARTS)))
+    run(folder)
+    return {"ends": ends, "parts": parts, "left": len(list(folder.glob(records.PARTS)))}
+
+
 def full(folder: Path) -> dict[str, Any]:
     """A file that the operating system does not let grow beyond 5000 bytes, then the same command again."""
 
@@ -205,7 +241,7 @@ def main(root: Path) -> None:
     torch.set_num_threads(1)
     run(root / "calm")  # first: what is loaded on first use is then there in all forks
     found: dict[str, Any] = {}
-    for scenario in (killed, interrupted, doubled, full):
+    for scenario in (killed, interrupted, doubled, shared, bereft, full):
         folder = root / scenario.__name__
         folder.mkdir()
         found[scenario.__name__] = scenario(folder)
