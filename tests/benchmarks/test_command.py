@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import datasets
 import pytest
 from PIL import Image
 
 from tokenreduce import __main__ as command
+from tokenreduce.benchmarks.benchmark import Sample
+from tokenreduce.benchmarks.scoring import mme_measures
 from tokenreduce.evaluation import read_metrics, read_records
 from tokenreduce.testing import tiny_llava
 from tokenreduce.testing.processors import tiny_processor
@@ -60,6 +63,35 @@ def test_a_folder_is_compared_like_any_benchmark(
     assert list(metrics["methods"]["reducer"]["measures"]) == ["F1", "precision", "recall", "yes"]
     assert "F1" in printed and "1 samples without an answer" in printed
     assert [record.id for record in read_records(run)] == [str(number) for number in range(1, 8)]
+
+
+def test_a_public_benchmarks_preset_runs_on_a_local_copy(
+    folder: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder.parent / "cache")
+    names = [name for name in ("count/0.png", "count/1.png", "OCR/2.png") for _ in range(2)]
+    columns = {
+        "question_id": names,
+        "image": [str(folder / "images" / name.split("/")[1]) for name in names],
+        "question": ["is it red Please answer yes or no."] * 6,
+        "answer": ["Yes", "No"] * 3,
+        "category": [name.split("/")[0] for name in names],
+    }
+    table = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+    Path("MME").mkdir()
+    table.to_parquet("MME/test-00000-of-00001.parquet")
+    arguments = ["benchmark=mme", "benchmark.path=MME", f"model.path={checkpoint}", *QUICK, "reducer=pool"]
+    assert command.main([*arguments, "reducer.keep=4", "benchmark.limit=4", "benchmark.streaming=true"]) == 0
+    assert command.main([*arguments, "reducer.keep=4"]) == 0  # the same run goes on
+    assert "perception" in capsys.readouterr().out
+    (run,) = Path("outputs").glob("pool-*")
+    metrics, records = read_metrics(run), read_records(run)
+    samples = [Sample(each.id, each.question, each.expected, each.category, each.image_id) for each in records]
+    measured = metrics["methods"]["reducer"]["measures"]["perception"]["value"]
+    assert measured == mme_measures([record.answer or "" for record in records], samples)["perception"]
+    assert metrics["benchmark"]["name"] == "MME test"
+    assert [record.question for record in records] == ["is it red"] * 6
 
 
 @pytest.mark.parametrize(

@@ -185,7 +185,7 @@ class TabularBenchmark(Benchmark):
     def _right_choice(self, value: Any, choices: Sequence[str], number: int) -> tuple[str, ...]:
         letters = LETTERS[: len(choices)]
         words = [normalised(choice) for choice in choices]
-        if isinstance(value, int) and 0 <= value < len(choices):
+        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(choices):
             place = value
         elif isinstance(value, str) and value.strip() in tuple(letters):
             place = letters.index(value.strip())
