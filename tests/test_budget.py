@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 
 from tokenreduce import available, create
 from tokenreduce.budget import AdaptiveError, Budget, Currency, Layout, layer_counts, solve
-from tokenreduce.flops import decoder_flops
+from tokenreduce.flops import decoder_flops, paper_flops
 from tokenreduce.reducer import AtInput, AtProjector, Geometry, Grid, Keep, Step, TokenReducer
 
 LLAVA = Geometry(encoder_layers=24, decoder_layers=32, feature_layer=22, class_token=True)
@@ -47,6 +47,20 @@ def test_published_settings_have_the_published_layer_means() -> None:
     assert mean(create("sparsevlm")) == pytest.approx(206.5, abs=0.1)
     assert mean(create("dart", keep=128)) == 159.75
     assert mean(create("tome", keep=192)) == mean(create("flowcut", keep=192)) == 192
+
+
+def test_planned_counts_give_the_flops_that_papers_print() -> None:
+    """PyramidDrop's table: 3.82 T in full, FastV 2.01, its own 1.78, with three matrices and without the text."""
+    full = [576] * 32
+
+    def share(name: str, matrices: int, **knobs: object) -> float:
+        counts = layer_counts(create(name, **knobs), LLAVA, SQUARE)
+        return paper_flops(counts, DECODER, matrices) / paper_flops(full, DECODER, matrices)
+
+    assert paper_flops(full, DECODER, 3) / 1e12 == pytest.approx(3.82, abs=0.005)
+    assert share("fastv", 3) == pytest.approx(2.01 / 3.82, abs=0.002)
+    assert share("pyramiddrop", 3) == pytest.approx(1.78 / 3.82, abs=0.002)
+    assert share("fastv", 2, layer=3) == pytest.approx(0.54, abs=0.002)
 
 
 @pytest.mark.parametrize("currency", ["tokens", "layer_mean", "flops"])

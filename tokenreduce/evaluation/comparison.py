@@ -16,8 +16,9 @@ always measured anew, side by side. The result is ``metrics.json``, which needs 
   reducer is ``none``, the third where nothing was dropped or no draws were asked for. An estimate is ``value``, ``low``
   and ``high``; a time is a ``median`` with the 10 % and 90 % quantiles ``low`` and ``high``, its ``ratio`` to the
   unreduced model's an estimate, and that to the first token has ``parts``: ``vision``, ``selection``, ``llm``. Counts,
-  FLOPs and bytes are means over samples, times are seconds. ``measures`` are the benchmark's own figures of all answers
-  together, by name, in its units.
+  FLOPs and bytes are means over samples, times are seconds. ``paper_flops_ratio`` is what papers print: prefill FLOPs
+  by FastV's formula, without the text. ``measures`` are the benchmark's own figures of all answers together, by name,
+  in its units.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ from tokenreduce.evaluation.records import Record, StorageError, storage, write_
 from tokenreduce.evaluation.roofline import limits, roofline
 from tokenreduce.evaluation.run import ReducerFor, Runner
 from tokenreduce.evaluation.statistics import Estimate
+from tokenreduce.flops import paper_flops
 from tokenreduce.reducer import TokenReducer
 from tokenreduce.registry import BENCHMARKS, REDUCERS, create
 
@@ -239,7 +241,7 @@ class Comparer:
             "machine": asdict(limits(self._model)) if measured else None,
             "methods": {
                 key: _row(key, methods, self.answered(methods), measured.get(key, {}))
-                | {"measures": self._measures(key, methods)}
+                | {"measures": self._measures(key, methods), "paper_flops_ratio": self._paper_ratio(key, methods)}
                 for key in methods
             },
             "settings": self._settings.described(),
@@ -311,6 +313,16 @@ class Comparer:
             for (name, difference), estimate in estimates.items()
             if not difference
         }
+
+    def _paper_ratio(self, key: str, methods: Mapping[str, Method]) -> float:
+        """Prefill FLOPs relative to the unreduced model's in the way of FastV's paper, which leaves out the text."""
+        ids, config = [sample.id for sample in self.answered(methods)], self._model.config.get_text_config()
+
+        def visual(record: Record) -> float:
+            text = record.lengths[0] - (record.entering or 0)
+            return paper_flops([length - text for length in record.lengths], config)
+
+        return sum(methods[key].mean(ids, visual)) / sum(methods[UNREDUCED].mean(ids, visual))
 
     def measured(self, methods: Mapping[str, Method]) -> dict[str, dict[str, Any]]:
         """What must be taken now, and on this machine, of every method: times, and what they could be at best; peak
