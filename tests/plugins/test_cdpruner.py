@@ -126,7 +126,7 @@ def test_questions_that_are_missing_or_do_not_fit_are_refused(llava: LlavaForCon
 def test_nothing_is_loaded_before_a_question_is_asked_about_a_picture(llava: LlavaForConditionalGeneration) -> None:
     with reduce_tokens(llava, "cdpruner", clip="no/such/checkpoint", question=QUESTIONS[0]):
         llava(**prompts(llava, [0]))
-        with pytest.raises(OSError, match="no/such/checkpoint"):
+        with pytest.raises(ValueError, match="clip='no/such/checkpoint' is no directory of a CLIP model"):
             llava(**prompts(llava, [1]))
 
 

@@ -22,9 +22,14 @@ class ClipSpace:
 
     def __init__(self, checkpoint: str, device: torch.device) -> None:
         self.checkpoint = checkpoint
-        with torch.inference_mode(False):
-            model: Any = CLIPModel.from_pretrained(checkpoint, dtype=torch.float32)
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint)
+        try:
+            with torch.inference_mode(False):
+                model: Any = CLIPModel.from_pretrained(checkpoint, dtype=torch.float32)
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"clip={checkpoint!r} is no directory of a CLIP model, and no name of one that the hub gives: {error}"
+            ) from error
         self._segment = model.config.text_config.max_position_embeddings
         self._text = model.text_model.to(device).eval()
         self._text_projection = model.text_projection.to(device)

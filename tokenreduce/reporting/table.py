@@ -137,16 +137,19 @@ def footnote(metrics: Metrics) -> Text:
 
 
 def label(method: Mapping[str, Any]) -> str:
-    """A method's name with how much it keeps: ``fopru_row keep=0.25``.
+    """A method's name with how much it keeps, a ratio to three digits: ``fopru_row keep=0.25``.
 
     >>> label({"name": "fopru_row", "knobs": {"keep": 0.25, "layer": -2}, "runs": ["fopru_row-5f1c"]})
     'fopru_row keep=0.25'
     >>> label({"name": "chain", "knobs": {"reducers": [{"name": "pool", "keep": 64}, {"name": "random", "keep": 0.5}]}})
     'pool keep=64 + random keep=0.5'
+    >>> label({"name": "dart", "knobs": {"keep": 2 / 9}})
+    'dart keep=0.222'
     """
     if parts := method["knobs"].get("reducers"):
         return " + ".join(label({"name": part["name"], "knobs": part}) for part in parts)
     keep = method["knobs"].get("keep")
+    keep = f"{keep:.3g}" if isinstance(keep, float) else keep
     return method["name"] + (f" keep={keep}" if keep is not None else "")
 
 
