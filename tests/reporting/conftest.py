@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from tokenreduce.benchmarks.scenes import Scenes
 from tokenreduce.evaluation.records import Record
 
-from .made_up import TOKENS, dropping, method, record
+from .made_up import TOKENS, dropping, method, record, write_sweep
 
 
 @pytest.fixture
@@ -47,3 +48,9 @@ def metrics() -> dict[str, Any]:
         },
         "settings": {"limit": None},
     }
+
+
+@pytest.fixture(scope="session")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a made-up sweep: shared, so tests copy what they change."""
+    return write_sweep(tmp_path_factory.mktemp("sweep"), Scenes(count=6))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from tokenreduce.benchmarks.scenes import Scenes
@@ -63,3 +66,60 @@ def method(name: str, runs: int, score: float, kept: float, **knobs: Any) -> dic
         "time_to_first_token": {"median": 0.0379, "low": 0.03, "high": 0.04, "ratio": estimate(0.67)},
         "peak_memory": 600 << 20,
     }
+
+
+EVIL = "<script>window.harmed = true</script><img src=x onerror='window.harmed = true'>"
+"""What a model may answer; nothing may come of it."""
+
+
+def write_sweep(folder: Path, benchmark: Scenes) -> Path:
+    """Four comparisons, one broken and one unfinished run, as a sweep would leave them.
+
+    ``best`` is right where ``index % 5``, ``other`` where ``index % 3``, the down-sampled one where ``index % 2``.
+    """
+    _write_run(folder / "none-0", [record(benchmark, index, (), right=True) for index in range(len(benchmark))])
+    settings = (("best", 0.5, 5), ("best", 0.25, 5), ("other<b>", 0.5, 3), ("downsample", 0.5, 2))
+    for number, (name, keep, every) in enumerate(settings):
+        count = round(keep * TOKENS)
+        steps = dropping(range(count))
+        records = [record(benchmark, index, steps, right=index % every > 0) for index in range(len(benchmark))]
+        if name == "best":
+            records[0] = replace(records[0], answer=EVIL)
+        _write_run(folder / f"{name[:4]}-{number}", records)
+        for seed in range(2):
+            drawn = [record(benchmark, index, steps, right=(index + seed) % 4 > 1) for index in range(len(benchmark))]
+            _write_run(folder / f"random-{count}-{seed}", drawn)
+        _write_metrics(folder / f"{name[:4]}-{number}", number, name, keep, count, every)
+    (folder / "broken").mkdir()
+    (folder / "broken" / "metrics.json").write_text("{")
+    _write_run(folder / "unfinished", [record(benchmark, 0, (), right=True)])
+    return folder
+
+
+def _write_run(folder: Path, records: list[Record]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "records.jsonl").write_text("".join(each.line() for each in records), encoding="utf-8")
+
+
+def _write_metrics(folder: Path, number: int, name: str, keep: float, count: int, every: int) -> None:
+    plain = method("none", 1, 1.0, TOKENS) | {"runs": ["none-0"], "agreement": 1.0}
+    reduced = method(name, 1, 1 - 1 / every, count, keep=keep) | {"runs": [folder.name], "agreement": 0.8}
+    reduced |= {"difference_to_random": estimate(0.5 - 1 / every), "peak_memory": (500 + number) << 20}
+    reduced["categories"]["counting"]["difference_to_unreduced"] = estimate(-1 / every)
+    random = method("random", 2, 0.5, count, keep=count, seeds=2) | {"runs": [f"random-{count}-{n}" for n in range(2)]}
+    content = {
+        "schema": 1,
+        "run": {"hash": f"{number:012x}", "folder": folder.name, "identity": {"model": {"class": "Llava"}}},
+        "benchmark": {
+            "name": "scenes",
+            "samples": 30,
+            "images": 6,
+            "errors": 0,
+            "failed": [],
+            "categories": {"existence": 6, "counting": 6},
+        },
+        "methods": {"unreduced": plain, "reducer": reduced, "random": random},
+        "settings": {"limit": None},
+    }
+    (folder / "metrics.json").write_text(json.dumps(content), encoding="utf-8")
+    (folder / "config.yaml").write_text("config: {model: {path: tiny}}\n", encoding="utf-8")

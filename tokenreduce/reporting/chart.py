@@ -128,7 +128,7 @@ def cost_axis(axes: Axes, values: Sequence[float]) -> None:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlim(high * 1.04, low / 1.15)
     else:
-        margin = 0.04 * (high - low)
+        margin = max(0.04 * (high - low), 0.01)
         axes.set_xlim(high + margin, low - margin)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}"))
 

@@ -203,7 +203,7 @@ class Painter:
         if len(names) < 2:
             return None
         values = np.array([[category_difference(row, name) for name in names] for row in rows]) * 100
-        limit = max(5.0, float(np.nanmax(np.abs(values))))
+        limit = max(5.0, float(np.nan_to_num(np.abs(values)).max()))
         chart, axes = self._chart(
             "categories",
             "Where it hurts",
@@ -213,7 +213,8 @@ class Painter:
         axes.imshow(values, cmap=BETTER, vmin=-limit, vmax=limit, aspect="auto")
         for (place, column), value in np.ndenumerate(values):
             dark = abs(value) > 0.62 * limit
-            text = axes.text(column, place, signed(value / 100), ha="center", va="center", fontsize=9)
+            words = signed(value / 100) if np.isfinite(value) else ""
+            text = axes.text(column, place, words, ha="center", va="center", fontsize=9)
             text.set_color("white" if dark else "#1f2328")
         axes.set_xticks(range(len(names)), names)
         axes.set_yticks(range(len(rows)), [row.label for row in rows])

@@ -84,8 +84,8 @@ def find(places: Sequence[Path | str], drawn: DrawnFor = lambda _: ()) -> tuple[
     for folder in finished:
         try:
             comparison = reader.read(folder)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            skipped.append(Skipped(folder, f"its {METRICS} cannot be used: {_described(error)}"))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # it may hold anything
+            skipped.append(Skipped(folder, f"its {METRICS} cannot be used: {type(error).__name__}: {error}"))
             continue
         key = f"{comparison.metrics['run']['hash']} {comparison.metrics['settings']['limit']}"
         if key in comparisons:
@@ -119,11 +119,8 @@ class _Reader:
 
     def read(self, folder: Path) -> Comparison:
         metrics = read_metrics(folder)
+        _check_complete(metrics)
         limit = metrics["settings"]["limit"]
-        for name in ("hash", "identity"):
-            metrics["run"][name]
-        for method in metrics["methods"].values():
-            method["score"]["value"], method["visual_tokens"]["layer_mean"], method["knobs"], method["categories"]
         plain = folder.parent / metrics["methods"][UNREDUCED]["runs"][0]
         try:
             drawn = self._chosen(plain, limit)
@@ -155,6 +152,37 @@ class _Reader:
         return self._runs[key]
 
 
+_COMPLETE = {
+    "run": ("hash", "identity"),
+    "benchmark": ("name", "samples", "images", "errors", "failed"),
+    "settings": ("limit",),
+    "methods": (UNREDUCED,),
+}
+_COMPLETE_METHOD = (
+    "name",
+    "knobs",
+    "runs",
+    "score",
+    "difference_to_unreduced",
+    "categories",
+    "visual_tokens",
+    "prefill_flops",
+    "time_to_first_token",
+)
+
+
+def _check_complete(metrics: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` for the first thing that the report cannot do without."""
+    for part, names in _COMPLETE.items():
+        for name in names:
+            if name not in metrics.get(part, {}):
+                raise ValueError(f"{part}.{name} is missing")
+    for key, method in metrics["methods"].items():
+        for name in _COMPLETE_METHOD:
+            if name not in method:
+                raise ValueError(f"methods.{key}.{name} is missing")
+
+
 def _config(folder: Path) -> Mapping[str, Any]:
     """What the run was started with, as far as it is known."""
     try:
@@ -167,7 +195,3 @@ def _config(folder: Path) -> Mapping[str, Any]:
 
 def _modified(folder: Path, name: str) -> float:
     return (folder / name).stat().st_mtime
-
-
-def _described(error: Exception) -> str:
-    return f"{error} is missing" if isinstance(error, KeyError) else str(error)

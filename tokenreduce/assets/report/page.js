@@ -15,7 +15,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
     const rows = [...body.rows].sort((one, other) => {
       const [a, b] = [value(one), value(other)];
       if (a === "" || b === "") return (a === "") - (b === "");
-      const order = words ? a.localeCompare(b, undefined, { numeric: true }) : Number(a) - Number(b);
+      const order = words ? (a < b ? -1 : Number(a > b)) : Number(a) - Number(b);
       return descending ? -order : order;
     });
     body.append(...rows);
