@@ -307,7 +307,10 @@ class Attachment:
         if not self._compact:
             return first + prompt.gather(prompt.positions)
         compact = (prompt.mask.long().cumsum(-1) - 1).clamp(min=0)
-        return first + (compact if prompt.positions.ndim == 2 else self._in_space(prompt, compact))
+        if prompt.positions.ndim > 2:
+            return first + self._in_space(prompt, compact)
+        start = prompt.positions.gather(-1, prompt.full_mask.argmax(-1, keepdim=True))  # a caller's may be any
+        return first + start + compact
 
     def _in_space(self, prompt: Prompt, compact: Tensor) -> Tensor:
         """Positions in space and time, closed up, behind the plain ones ``(rows, shorter)``: ``(4, rows, shorter)``."""

@@ -497,8 +497,9 @@ class VisionSite:
             if not len(tile.index):
                 continue
             number = tile.tile.sequence - encoding.first
-            features = sequences[number] if shortened else sequences[number][tile.patches]
-            patches = tile.patches
+            # A projector that takes the class token too has it before the patches.
+            patches = len(sequences[number]) - tile.tile.encoded + tile.patches
+            features = sequences[number] if shortened else sequences[number][patches]
             for step in steps:
                 _, features = self._select(encoding, tile, step, "encoder output", features)
             if shortened:

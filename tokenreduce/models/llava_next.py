@@ -25,23 +25,30 @@ class LlavaNext(Llava):
     }
 
     def pictures(self, inputs: Inputs) -> list[Picture]:
-        side = self.model.config.vision_config.image_size // self.model.config.vision_config.patch_size
         pictures, first = [], 0
-        for pixels, size in zip(inputs["pixel_values"], inputs["image_sizes"], strict=True):
-            count = self.tile_count(size)
-            places = torch.arange(count * side**2, dtype=torch.float64).view(count, side**2, 1)
-            packed = self.packed(places, size)
-            pictures.append(tiled(packed, side, count, first, pixels[:count]))
+        described = zip(inputs["pixel_values"], inputs["image_sizes"], self.tile_counts(inputs), strict=True)
+        for pixels, size, count in described:
+            pictures.append(tiled(self.packed(count, size), self.side, count, first, pixels[:count]))
             first += count
         return pictures
 
-    def tile_count(self, size: Tensor) -> int:
-        """How many tiles a picture of ``size`` (height, width) is cut into."""
-        config = self.model.config
-        return image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
+    @property
+    def side(self) -> int:
+        """How many patches a tile has along either side."""
+        return self.model.config.vision_config.image_size // self.model.config.vision_config.patch_size
 
-    def packed(self, places: Tensor, size: Tensor) -> Tensor:
-        """One picture's tiles ``(tiles, tokens, 1)`` as the model packs them, -1 at newlines: ``(placeholders,)``."""
+    def tile_counts(self, inputs: Inputs) -> list[int]:
+        """How many tiles every image of a call is cut into."""
+        config = self.model.config
+        return [
+            image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
+            for size in inputs["image_sizes"]
+        ]
+
+    def packed(self, count: int, size: Tensor) -> Tensor:
+        """The patch, counted through the ``count`` tiles of a picture of ``size`` (height, width), that stands at each
+        of its placeholders in the model's own packing; -1 at newlines: ``(placeholders,)``."""
+        places = torch.arange(count * self.side**2, dtype=torch.float64).view(count, self.side**2, 1)
         packed, _ = self.model.base_model.pack_image_features(
             [places], size[None], vision_feature_select_strategy="default", image_newline=places.new_tensor([-1.0])
         )
