@@ -110,7 +110,8 @@ class Prompts:
             add_special_tokens=not (begins and texts[0].startswith(begins)),
             return_tensors="pt",
         )
-        return {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+        # PaliGemma's processor makes training targets too.
+        return {name: value for name, value in inputs.items() if isinstance(value, Tensor) and name != "labels"}
 
     def _conversation(self, sample: Sample, images: int) -> list[dict[str, Any]]:
         text = {"type": "text", "text": self._template.replace(PLACE, sample.question)}

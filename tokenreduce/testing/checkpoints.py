@@ -60,7 +60,6 @@ _CHAT = (
     + _CONTENT
     + "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
-_QUESTION = "{% for message in messages %}" + _CONTENT + "{% endfor %}"  # no chat, and no begin-of-text of its own
 
 Ids = Mapping[str, int]
 """The token id of every word."""
@@ -83,7 +82,7 @@ class Recipe:
     named: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     frames: Mapping[str, Any] = field(default_factory=dict)
-    template: str = _CHAT
+    template: str | None = _CHAT
 
     @property
     def model(self) -> str:
@@ -182,7 +181,7 @@ def _tokenizer(recipe: Recipe, ids: Ids) -> PreTrainedTokenizerFast:
         unk_token="<unk>",
         extra_special_tokens=[token for token in recipe.tokens if token not in recipe.named.values()],
         model_specific_special_tokens=dict(recipe.named),
-        chat_template=recipe.template.replace("IMAGE", recipe.image).replace("VIDEO", recipe.video),
+        chat_template=recipe.template and recipe.template.replace("IMAGE", recipe.image).replace("VIDEO", recipe.video),
         padding_side="left",
     )
 
@@ -510,7 +509,7 @@ RECIPES: Mapping[str, Recipe] = {
         processor="PaliGemmaProcessor",
         config=_paligemma,
         image_processor=lambda: SiglipImageProcessorPil(size=_SIZE, image_seq_length=16),
-        template=_QUESTION,
+        template=None,
     ),
     "gemma3": Recipe(
         processor="Gemma3Processor",
