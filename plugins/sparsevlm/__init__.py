@@ -1,8 +1,6 @@
 """SparseVLM (arXiv 2410.04417): the telling words of the prompt say which visual tokens stay; the rest is recycled.
 
-The reference is the official code's version 1.5. Published presets: the lists for "192" (the default, as ratios),
-"128", "96" and "64" tokens. Those names count what layers give out; what layers take in is 206.5, 145.4, 114.1 and 82.3
-tokens on average, merged ones included.
+The reference is the official code's version 1.5. Its lists are presets; the default is that for 192 tokens, as ratios.
 """
 
 from __future__ import annotations
@@ -40,7 +38,8 @@ class SparseVlm(TokenReducer):
     keeps:  what each pruning keeps, of the tokens that entered; at most all but one. Merged tokens come on top, stand
             behind the kept ones, and compete at the next pruning.
 
-    The official density adds random noise of 1e-6 against ties; here they go to the token that comes first.
+    Instead of the official random noise of 1e-6, ties go to the token that comes first. Clusters tie whenever the two
+    densest points are each other's nearest; the later one then stands first, as in the official runs.
     """
 
     paper: ClassVar[str] = "2410.04417"
@@ -52,8 +51,10 @@ class SparseVlm(TokenReducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(self.layers) != len(self.keeps):
-            raise ValueError(f"layers={self.layers} and keeps={self.keeps}: give one count for every layer")
+        if len(self.layers) != len(self.keeps) or len({type(keep) for keep in self.keeps}) > 1:
+            raise ValueError(
+                f"layers={self.layers}, keeps={self.keeps}: give one ratio, or one number, for every layer"
+            )
         for keep in self.keeps:
             check_keep(keep)
 
@@ -65,22 +66,19 @@ class SparseVlm(TokenReducer):
         ]
 
     def count(self, step: Step, span: Span) -> int:
-        kept = self._kept(step, span)
-        return kept + recycling(span.current - kept)[1]
+        kept, _, clusters = shares(step, span)
+        return kept + clusters
 
     def select(self, step: Step, tokens: VisualTokens) -> Selection:
-        words = (
-            telling(tokens[ProjectedFeatures()], tokens[TextEmbeddings()]) if tokens.carried is None else tokens.carried
-        )
-        attention = tokens[step.sees[0]]
+        attention, words = tokens[step.sees[0]], tokens.carried
+        if words is None:
+            words = telling(tokens[ProjectedFeatures()], tokens[TextEmbeddings()])
         scores = attention.mean(attention.text[words]).mean(dim=0)
-        kept = best(scores, self._kept(step, tokens.span))
-
+        keep, recycle, clusters = shares(step, tokens.span)
+        kept = best(scores, keep)
         pruned = torch.ones_like(scores, dtype=torch.bool).index_fill(0, kept, False).nonzero()[:, 0]
-        count, clusters = recycling(len(pruned))
-        recycled = pruned[best(scores[pruned], count)]
+        recycled = pruned[best(scores[pruned], recycle)]
         centres, cluster, merged = cluster_and_merge(tokens.features[recycled], clusters)
-
         source = torch.full_like(tokens.index, -1)
         source[kept] = torch.arange(len(kept), device=kept.device)
         source[recycled] = len(kept) + cluster
@@ -89,24 +87,17 @@ class SparseVlm(TokenReducer):
 
     def with_keep(self, keep: Keep) -> SparseVlm:
         """``keep`` is what the first pruning keeps; the others follow in the proportions that they have."""
-        if len({isinstance(each, int) for each in self.keeps}) != 1:
-            raise ValueError(f"keeps={self.keeps} mixes ratios with numbers, which have no proportions: use one kind")
-        shares = [each / self.keeps[0] for each in self.keeps]
+        scaled = [keep * each / self.keeps[0] for each in self.keeps]
         if isinstance(keep, int):
-            return replace(self, keeps=tuple(max(1, round(keep * share)) for share in shares))
-        return replace(self, keeps=tuple(min(1.0, keep * share) for share in shares))
-
-    @staticmethod
-    def _kept(step: Step, span: Span) -> int:
-        keep = step.keep or 1.0
-        kept = keep if isinstance(keep, int) else tokens_to_keep(keep, span.entered)
-        return min(kept, span.current - 1)
+            return replace(self, keeps=tuple(max(1, round(each)) for each in scaled))
+        return replace(self, keeps=tuple(min(1.0, each) for each in scaled))
 
 
-def recycling(pruned: int) -> tuple[int, int]:
-    """How many of the pruned tokens are recycled, and into how many."""
-    recycled = int(0.3 * pruned) + 1
-    return recycled, recycled // 10 + 1
+def shares(step: Step, span: Span) -> tuple[int, int, int]:
+    """How many tokens stay as they are, how many of the others are recycled, and into how many."""
+    kept = min(tokens_to_keep(step.keep or 1.0, span.entered), span.current - 1)
+    recycled = int(0.3 * (span.current - kept)) + 1
+    return kept, recycled, recycled // 10 + 1
 
 
 def telling(visual: Tensor, text: Tensor) -> Tensor:
@@ -118,20 +109,14 @@ def telling(visual: Tensor, text: Tensor) -> Tensor:
 
 def cluster_and_merge(features: Tensor, clusters: int) -> tuple[Tensor, Tensor, Tensor]:
     """Density peaks among nearest neighbours: centres ``(clusters,)``, each token's cluster, the clusters' means."""
-    points = features.float()
+    points, last = features.float(), len(features) - 1
     # Not by way of a matrix product, whose rounding would decide between two tokens that are each other's nearest.
     distances = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist") / points.shape[-1] ** 0.5
     density = (-distances.topk(clusters, largest=False).values.square().mean(dim=-1)).exp()
-    denser = density[None, :] > density[:, None]
-    separation = distances.where(denser, distances.max()).amin(dim=-1)
-    centres = ranked(density * separation, clusters)
+    separation = distances.where(density > density[:, None], distances.max()).amin(dim=-1)
+    centres = last - (density * separation).flip(0).sort(descending=True, stable=True).indices[:clusters]
     cluster = distances[centres].argmin(dim=0)
     cluster[centres] = torch.arange(clusters, device=cluster.device)
     members = one_hot(cluster, clusters).T.to(points.dtype)
     merged = members @ points / (members.sum(dim=1, keepdim=True) + 1e-6)
     return centres, cluster, merged.to(features.dtype)
-
-
-def ranked(scores: Tensor, count: int) -> Tensor:
-    """The ``count`` indices of the highest scores, highest first; of equal ones the lower first."""
-    return scores.sort(descending=True, stable=True).indices[:count]
