@@ -19,8 +19,6 @@ WIDE = Layout((Grid(12, 20), Grid(30, 30)), text=20)
 DECODER = LlamaConfig()
 ADAPTIVE = {"prumerge", "prumerge_plus"}
 WITHOUT_KNOB = {"none", "no_image"}
-INCOMPLETE = {"chain", "cdpruner"}
-"""They need to be told more: which reducers, where CLIP is."""
 INSIDE = {"fastv", "dart", "pyramiddrop", "sparsevlm", "vtw"}
 """They drop inside the language model: what enters is always everything."""
 
@@ -67,7 +65,7 @@ def test_planned_counts_give_the_flops_that_papers_print() -> None:
 
 @pytest.mark.parametrize("currency", ["tokens", "layer_mean", "flops"])
 @pytest.mark.parametrize(("value", "layouts"), [(0.5, (SQUARE,)), (0.34, (SQUARE, WIDE))])
-@pytest.mark.parametrize("name", sorted({*available("reducers")} - ADAPTIVE - WITHOUT_KNOB - INCOMPLETE))
+@pytest.mark.parametrize("name", sorted({*available("reducers")} - ADAPTIVE - WITHOUT_KNOB - {"chain"}))
 def test_every_method_can_cost_the_same(name: str, layouts: Sequence[Layout], value: float, currency: Currency) -> None:
     if currency == "tokens" and name in INSIDE:
         with pytest.raises(ValueError, match=r"it always costs \d+ visual tokens entering .* use budget=layer_mean"):
