@@ -103,6 +103,29 @@ def test_check_passes_a_reducer_and_a_benchmark_that_behave(run: Run) -> None:
         assert "FAILED" not in checked.out
 
 
+def test_check_holds_a_family_and_a_reducer_to_the_invariants_on_a_checkpoint(
+    run: Run, checkpoint: Callable[[str], Path]
+) -> None:
+    directory = str(checkpoint("llava"))
+    reducer, family = (run("check", name, "--model", directory) for name in ("uniform", "llava"))
+    assert (reducer.status, family.status) == (0, 0), reducer.out + family.out
+    assert "passed   identity changes nothing, keeping everything at the encoder output" in family.out
+    assert "passed   dropping equals masking, dropping half of the tokens" in family.out
+
+
+def test_check_says_which_model_a_family_needs(run: Run, checkpoint: Callable[[str], Path]) -> None:
+    assert "give a checkpoint that it serves, --model DIRECTORY" in run("check", "llava").err
+    other = run("check", "qwen2_5_vl", "--model", str(checkpoint("llava")))
+    assert other.status == 2
+    assert "is a LlavaForConditionalGeneration, which the family does not serve" in other.err
+
+
+def test_a_class_that_another_family_serves_is_reported(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    llava = MODELS.get("llava")
+    monkeypatch.setattr(MODELS, "usable", lambda: {"llava": llava, "gemma3": llava})
+    assert "LlavaForConditionalGeneration is served by 'llava'" in run("list").out
+
+
 @dataclass(frozen=True)
 class Awkward(TokenReducer):
     """Keeps a half that changes from call to call."""

@@ -69,7 +69,7 @@ def plugins() -> tuple[list[Plugin], list[Problem]]:
     """Every usable plugin, by kind and name; and everything that is offered and cannot be used."""
     found = []
     problems = [problem for registry in REGISTRIES.values() for problem in registry.problems()]
-    problems += CONFIGURATIONS.problems()
+    problems += [*CONFIGURATIONS.problems(), *_claims()]
     for registry in REGISTRIES.values():
         for name, plugin in sorted(registry.usable().items()):
             try:
@@ -132,6 +132,16 @@ def presets(kind: str, name: str) -> dict[str, dict[str, Any]]:
         if isinstance(content, dict) and name in (content.pop("name", None), *content.pop("defaults", ())):
             found.setdefault(file.name.removesuffix(".yaml"), content)
     return found
+
+
+def _claims() -> list[Problem]:
+    """Model families that name a class which another serves: built-in ones come first, then the alphabet decides."""
+    problems, owners = [], dict[str, str]()
+    for name, family in MODELS.usable().items():
+        for model in family.classes:
+            if (owner := owners.setdefault(model, name)) != name:
+                problems.append(Problem("model", name, MODELS.origin(name), f"{model} is served by {owner!r}"))
+    return problems
 
 
 def _plugin(registry: Registry[Any], name: str, plugin: type) -> Plugin:
