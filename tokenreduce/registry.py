@@ -27,7 +27,7 @@ P = TypeVar("P")
 T = TypeVar("T")
 
 INTERFACE = 1
-"""The version of what plugins are written against, as docs/plugins.md lists it; a change that breaks plugins raises
+"""The version of what plugins are written against, as docs/interface.md lists it; a change that breaks plugins raises
 it."""
 
 BUILT_IN = "tokenreduce"
