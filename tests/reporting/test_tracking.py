@@ -20,7 +20,7 @@ from wandb.proto import wandb_internal_pb2
 from tokenreduce.evaluation.records import Record
 from tokenreduce.reporting import tracking
 from tokenreduce.reporting.pictures import KEPT_TOKENS
-from tokenreduce.reporting.tracking import COLUMNS, Tracking, flattened, log_run, sample_rows
+from tokenreduce.reporting.tracking import COLUMNS, Tracking, flattened, log_report, log_run, sample_rows
 
 CONFIG = {"reducer": {"name": "fopru_row", "keep": 0.25}, "runtime": {"batch_size": 32}}
 FILE_HEADER, BLOCK, RECORD_HEADER = 7, 32 * 1024, 7
@@ -94,6 +94,25 @@ def test_an_offline_run_holds_configuration_metrics_samples_and_picture(
     table = json.loads((log.parent / "files" / history["samples/path"]).read_text())
     assert table["columns"] == list(COLUMNS)
     assert table["data"] == sample_rows(reduced, unreduced)
+
+
+def test_a_report_is_one_run_of_the_sweeps_group_with_its_tables_and_figures(tmp_path: Path) -> None:
+    (tmp_path / "figures").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "figures" / "ranking.png")
+    (tmp_path / "index.html").write_text("<p>page</p>")
+    (tmp_path / "results.csv").write_text("method,score,p\nbest,0.5,\n")
+    (tmp_path / "categories.csv").write_text("method,category\nbest,existence\n")
+    place = log_report(Tracking(group="sweep-1"), tmp_path)
+    (log,) = tmp_path.rglob("*.wandb")
+    assert place is not None and place.endswith(log.parent.name)
+    records = finished_log(log)
+    run = next(each.run for each in records if each.HasField("run"))
+    (history,) = (items(each.history.item) for each in records if each.HasField("history"))
+    assert (run.run_group, run.display_name, run.job_type) == ("sweep-1", "report of sweep-1", "report")
+    assert history["figures/ranking/_type"] == "image-file"
+    assert history["report/_type"] == "html-file"
+    table = json.loads((log.parent / "files" / history["results/path"]).read_text())
+    assert (table["columns"], table["data"]) == (["method", "score", "p"], [["best", 0.5, None]])
 
 
 def test_a_picture_is_logged_only_when_asked_for(

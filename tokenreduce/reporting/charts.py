@@ -128,7 +128,7 @@ class Painter:
             groups.setdefault(row.series if row.is_method else row.key, []).append((row, value))
         ends = []
         for group in groups.values():
-            group.sort(key=lambda pair: -pair[1])
+            group.sort(key=lambda pair: -pair[0].layer_mean)
             first, color = group[0][0], self.color(group[0][0])
             identity = self.series_id(first)
             style = "-" if first.is_method else (0, (1, 1.6))

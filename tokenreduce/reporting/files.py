@@ -13,7 +13,8 @@ from tokenreduce.reporting.columns import Column, costs, interval, quality, raw
 from tokenreduce.reporting.study import Study
 from tokenreduce.reporting.wording import percent
 
-RESULTS, CATEGORIES, MARKDOWN = "results.csv", "categories.csv", "report.md"
+PAGE, RESULTS, CATEGORIES, MARKDOWN, FIGURES = "index.html", "results.csv", "categories.csv", "report.md", "figures"
+"""What a report's folder holds."""
 
 
 def write_tables(studies: Sequence[Study], output: Path, title: str) -> None:

@@ -21,14 +21,11 @@ from tokenreduce.reporting.chart import CHANCE, COLORS, FAINT, FRONT, GRID, INK,
 from tokenreduce.reporting.charts import CURRENCIES, Painter, category_difference
 from tokenreduce.reporting.columns import Column, costs, quality
 from tokenreduce.reporting.comparisons import Comparison, Skipped, find
-from tokenreduce.reporting.files import CATEGORIES, MARKDOWN, RESULTS, write_tables
+from tokenreduce.reporting.files import CATEGORIES, FIGURES, MARKDOWN, PAGE, RESULTS, write_tables
 from tokenreduce.reporting.findings import bound, faster, findings
 from tokenreduce.reporting.gallery import first_samples, gallery
 from tokenreduce.reporting.study import Row, Study, studies
 from tokenreduce.reporting.wording import percent, points, signed
-
-PAGE = "index.html"
-FIGURES = "figures"
 
 _SAMPLES = 6
 _ANSWER = 160

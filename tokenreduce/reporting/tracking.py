@@ -1,21 +1,23 @@
-"""Weights & Biases: a finished run's configuration, metrics, per-sample table and pictures.
+"""Weights & Biases: a finished run's configuration, metrics, per-sample table and pictures; a sweep's report.
 
 Nothing here can cost a result: it runs after all is written, never waits for long, and every failure is one warning.
 """
 
 from __future__ import annotations
 
+import csv
 import netrc
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from tokenreduce.evaluation.records import Record
+from tokenreduce.reporting.files import CATEGORIES, FIGURES, PAGE, RESULTS
 from tokenreduce.reporting.pictures import KEPT_TOKENS
 
 _START_SECONDS = 20.0
@@ -60,16 +62,34 @@ def log_run(
     unreduced: Sequence[Record],
 ) -> str | None:
     """Log a finished run; returns where it can be found, in words, or None where it was not logged."""
-    if not tracking.enabled:
-        return None
-    try:
-        return _log(tracking, folder, config, metrics, reduced, unreduced)
-    except Exception as error:  # a tracking service may fail in any way; the results are on disk already
-        message = (str(error).strip() or type(error).__name__).splitlines()[0]
-        warnings.warn(
-            f"this run is not logged to Weights & Biases: {message} (tracking=none turns it off)", stacklevel=2
-        )
-        return None
+
+    def content(wandb: Any) -> dict[str, Any]:
+        logged: dict[str, Any] = flattened(metrics)
+        logged["samples"] = wandb.Table(columns=list(COLUMNS), data=sample_rows(reduced, unreduced))
+        picture = folder / KEPT_TOKENS
+        if tracking.images and picture.exists():
+            logged["kept_tokens"] = wandb.Image(str(picture))
+        return logged
+
+    return _log(tracking, folder, "run", {**config, "run": metrics["run"]}, content)
+
+
+def log_report(tracking: Tracking, report: Path) -> str | None:
+    """Log a written report, with its tables and figures, as a run of its own; returns as :func:`log_run` does."""
+
+    def content(wandb: Any) -> dict[str, Any]:
+        logged: dict[str, Any] = {}
+        for path in (report / RESULTS, report / CATEGORIES):
+            with path.open(newline="", encoding="utf-8") as file:
+                names, *rows = csv.reader(file)
+            logged[path.stem] = wandb.Table(columns=names, data=[[_number(cell) for cell in row] for row in rows])
+        for path in sorted((report / FIGURES).glob("*.png")):
+            logged[f"figures/{path.stem}"] = wandb.Image(str(path))
+        logged["report"] = wandb.Html((report / PAGE).read_text(encoding="utf-8"), inject=False)
+        return logged
+
+    named = replace(tracking, name=tracking.name or f"report of {tracking.group or report.name}")
+    return _log(named, report, "report", {}, content)
 
 
 def flattened(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -114,10 +134,28 @@ def sample_rows(reduced: Sequence[Record], unreduced: Sequence[Record]) -> list[
 def _log(
     tracking: Tracking,
     folder: Path,
+    kind: str,
     config: Mapping[str, Any],
-    metrics: Mapping[str, Any],
-    reduced: Sequence[Record],
-    unreduced: Sequence[Record],
+    content: Callable[[Any], Mapping[str, Any]],
+) -> str | None:
+    if not tracking.enabled:
+        return None
+    try:
+        return _logged(tracking, folder, kind, config, content)
+    except Exception as error:  # a tracking service may fail in any way; the results are on disk already
+        message = (str(error).strip() or type(error).__name__).splitlines()[0]
+        warnings.warn(
+            f"this {kind} is not logged to Weights & Biases: {message} (tracking=none turns it off)", stacklevel=3
+        )
+        return None
+
+
+def _logged(
+    tracking: Tracking,
+    folder: Path,
+    kind: str,
+    config: Mapping[str, Any],
+    content: Callable[[Any], Mapping[str, Any]],
 ) -> str:
     import wandb  # here, because it is slow to import and may be missing or broken
 
@@ -126,12 +164,13 @@ def _log(
             project=tracking.project,
             entity=tracking.entity,
             group=tracking.group,
+            job_type=kind,
             name=tracking.name or folder.name,
             tags=list(tracking.tags),
             dir=str(folder),
             mode=mode,
             reinit="finish_previous",
-            config={**config, "run": metrics["run"]},
+            config=dict(config),
             settings=wandb.Settings(
                 silent=True,
                 console="off",
@@ -151,15 +190,12 @@ def _log(
             run = start("online")
         except (wandb.errors.Error, OSError) as error:
             message = str(error).splitlines()[0]
-            warnings.warn(f"Weights & Biases cannot be reached, so this run is logged offline: {message}", stacklevel=3)
+            warnings.warn(
+                f"Weights & Biases cannot be reached, so this {kind} is logged offline: {message}", stacklevel=4
+            )
             run = start("offline")
     try:
-        content: dict[str, Any] = flattened(metrics)
-        content["samples"] = wandb.Table(columns=list(COLUMNS), data=sample_rows(reduced, unreduced))
-        picture = folder / KEPT_TOKENS
-        if tracking.images and picture.exists():
-            content["kept_tokens"] = wandb.Image(str(picture))
-        run.log(content)
+        run.log(dict(content(wandb)))
     except BaseException:
         with suppress(Exception):
             run.finish(exit_code=1)
@@ -168,6 +204,14 @@ def _log(
     if run.settings.mode == "online":
         return str(run.url)
     return f"offline; to upload: wandb sync {os.path.relpath(Path(run.dir).parent)}"
+
+
+def _number(cell: str) -> float | str | None:
+    """A cell of a CSV table as what it was."""
+    try:
+        return float(cell)
+    except ValueError:
+        return cell or None
 
 
 def _logged_in(wandb: Any) -> bool:
