@@ -27,9 +27,11 @@ from tokenreduce.configuration import (
 from tokenreduce.evaluation import read_metrics
 from tokenreduce.evaluation.comparison import METRICS
 from tokenreduce.evaluation.processes import Processes, dismiss, launched
-from tokenreduce.job import plain_console, run
-from tokenreduce.reporting.html import PAGE, write_report
+from tokenreduce.job import plain_console, run, tracking_of
+from tokenreduce.reporting.files import PAGE
+from tokenreduce.reporting.html import write_report
 from tokenreduce.reporting.table import overview
+from tokenreduce.reporting.tracking import Tracking, log_report
 from tokenreduce.sweep import Marks, Outcome, marks, outcomes_since, varied
 
 SUCCESS, BAD_INPUT, INTERRUPTED = 0, 2, 130
@@ -77,7 +79,11 @@ def _start(arguments: list[str], processes: Processes) -> None:
         with _process_arguments(arguments):
             entry()
     finally:
-        failed = sweep is not None and processes.main and _conclude(sweep, outcomes_since(sweep, before))
+        failed = (
+            sweep is not None
+            and processes.main
+            and _conclude(sweep, outcomes_since(sweep, before), tracking_of(config, sweep))
+        )
     if failed:
         sys.exit(BAD_INPUT)
 
@@ -103,7 +109,7 @@ def _run_in_sweep(config: DictConfig, processes: Processes, sweep: SweepPlace) -
         Outcome(sweep.number, sweep.overrides, name_of_run, failure, seconds).write(sweep.folder)
 
 
-def _conclude(sweep: Path, outcomes: Sequence[Outcome]) -> bool:
+def _conclude(sweep: Path, outcomes: Sequence[Outcome], tracking: Tracking) -> bool:
     """Print what a sweep found, as far as it came; returns whether some job failed."""
     comparisons = [read_metrics(sweep.parent / outcome.run) for outcome in outcomes if outcome.run is not None]
     if comparisons:
@@ -111,7 +117,7 @@ def _conclude(sweep: Path, outcomes: Sequence[Outcome]) -> bool:
         console.print()
         console.print(overview(comparisons))
         console.print()
-        _report(sweep, [sweep.parent / outcome.run for outcome in outcomes if outcome.run is not None])
+        _report(sweep, [sweep.parent / outcome.run for outcome in outcomes if outcome.run is not None], tracking)
     names = varied(outcomes)
     failures = [f"{names[each.number]}: {each.error}" for each in outcomes if each.error is not None]
     for failure in failures:
@@ -121,7 +127,7 @@ def _conclude(sweep: Path, outcomes: Sequence[Outcome]) -> bool:
     return bool(failures)
 
 
-def _report(sweep: Path, runs: Sequence[Path]) -> None:
+def _report(sweep: Path, runs: Sequence[Path], tracking: Tracking) -> None:
     """Write the sweep's report, unless one stands there that is newer than all results; it can cost no result."""
     page = sweep / "report" / PAGE
     if not page.exists() or any((run / METRICS).stat().st_mtime > page.stat().st_mtime for run in runs):
@@ -130,6 +136,7 @@ def _report(sweep: Path, runs: Sequence[Path]) -> None:
         except Exception as error:  # drawing may fail in any way; the results are on disk already
             print(f"warning: no report: {error} (python -m tokenreduce.report {sweep.parent})", file=sys.stderr)
             return
+        log_report(tracking, page.parent)
     print(f"{'report':<9} {page}")
 
 

@@ -39,7 +39,7 @@ def run(config: DictConfig, processes: Processes, sweep: SweepPlace | None = Non
     with processes.together():
         bench = _bench(config, processes, console, sweep)
         reducer = REDUCERS.create(config.reducer.name, **knobs_of(config.reducer, "reducer"))
-        budget, tracking = budget_of(config.budget), _tracking(config, sweep)
+        budget, tracking = budget_of(config.budget), tracking_of(config, sweep and sweep.folder)
         finished = bench.comparer.finished(reducer, budget) if sweep is not None else None
         if finished is None:
             _rehearse(bench.comparer.runner, reducer)
@@ -172,10 +172,10 @@ def plain_console() -> Console:
     return console
 
 
-def _tracking(config: DictConfig, sweep: SweepPlace | None) -> Tracking:
-    """Where the job is logged: the jobs of a sweep in one group, unless another is given."""
+def tracking_of(config: DictConfig, sweep: Path | None) -> Tracking:
+    """Where a job is logged: all that belongs to a sweep's folder in one group, unless another is given."""
     tracking = Tracking(**_plain(config.tracking))
-    return replace(tracking, group=sweep.folder.name) if sweep and tracking.group is None else tracking
+    return replace(tracking, group=sweep.name) if sweep and tracking.group is None else tracking
 
 
 def _records(output: Path, metrics: Metrics, method: str) -> list[Any]:
