@@ -127,7 +127,7 @@ def _show(options: argparse.Namespace) -> int:
     if settings and (found := presets(registry.kind, options.name)):
         grid = _table("preset", "sets")
         for preset, values in found.items():
-            _add(grid, preset, ", ".join(f"{knob}={value}" for knob, value in values.items()))
+            _add(grid, preset, ", ".join(f"{knob}={value!r}" for knob, value in values.items()))
         console.print("", grid)
     return SUCCESS
 
