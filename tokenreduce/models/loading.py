@@ -154,7 +154,10 @@ def _with_settings(image_processor: Any, settings: Mapping[str, Any]) -> Any:
     kind, own = type(image_processor), image_processor.to_dict()
     if unknown := [name for name in settings if not hasattr(image_processor, name)]:
         raise ValueError(f"a {kind.__name__} has no {', '.join(unknown)}: its settings are {', '.join(sorted(own))}")
-    return kind(**{name: value for name, value in own.items() if not name.endswith("_type")} | dict(settings))
+    kept = {name: value for name, value in own.items() if not name.endswith("_type")}
+    for name, value in settings.items():  # of sizes, those that are not named stay
+        kept[name] = {**own[name], **value} if isinstance(value, Mapping) and name in own else value
+    return kind(**kept)
 
 
 def _first_line(error: Exception) -> str:
