@@ -52,9 +52,7 @@ class SparseVlm(TokenReducer):
     def __post_init__(self) -> None:
         super().__post_init__()
         if len(self.layers) != len(self.keeps) or len({type(keep) for keep in self.keeps}) > 1:
-            raise ValueError(
-                f"layers={self.layers}, keeps={self.keeps}: give one ratio, or one number, for every layer"
-            )
+            raise ValueError(f"layers={self.layers}, keeps={self.keeps}: give every layer one ratio, or one number")
         for keep in self.keeps:
             check_keep(keep)
 

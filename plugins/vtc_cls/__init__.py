@@ -28,9 +28,9 @@ class VtcCls(ScoreReducer):
 
     ``start`` is the first of those layers; the last of them is the encoder's penultimate one. -4, three layers, is the
     paper's; the official command line defaults to -8. In an encoder without class token, which the method does not
-    cover, the attention that tokens receive from all tokens takes its place. It acts before the projector, as published,
-    unless that makes one token of several patches: then it acts behind it, on the mean over a token's patches.
-    Presets: vtc_cls_64, vtc_cls_128 and vtc_cls_256, the published budgets.
+    cover, the attention that tokens receive from all tokens takes its place. It acts before the projector, as
+    published, unless that makes one token of several patches: then it acts behind it, on the mean over a token's
+    patches. Presets: vtc_cls_64, vtc_cls_128 and vtc_cls_256, the published budgets.
     """
 
     paper: ClassVar[str] = "2412.05819"

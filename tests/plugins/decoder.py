@@ -15,7 +15,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from tokenreduce.attach.bare import reduce_decoder_tokens
 from tokenreduce.attach.decoder import Prefill
-from tokenreduce.reducer import TokenReducer
+from tokenreduce.reducer import AtDecoder, TokenReducer
+from tokenreduce.testing import Identity
 
 from .golden import FOLDER, Case
 
@@ -105,6 +106,10 @@ def assert_official(case: Case, found: Run) -> None:
     assert found.tokens == case.expected["tokens"].tolist()
     assert found.lengths == case.about["kv_cache_length_per_layer_after_prefill"]
     assert found.decode_positions.equal(case.expected["decode_positions"])
+
+
+UNREDUCED = Identity(site=AtDecoder(layer=2, keep=1.0))
+"""What a sensitivity entry means by "without reduction", through all of the attaching code."""
 
 
 def last_logit_change(case: Case, found: Run) -> float:

@@ -13,7 +13,7 @@ from tokenreduce.reducer import Grid, Span
 from tokenreduce.signals import DecoderHidden
 from tokenreduce_plugins.dart import Dart
 
-from .decoder import assert_official, last_logit_change, run
+from .decoder import UNREDUCED, assert_official, last_logit_change, run
 from .golden import GEOMETRY, Case, cases, random, show, stored
 
 
@@ -67,9 +67,12 @@ def test_official_model(case: Case) -> None:
 def test_mistakes_are_noticed(case: Case) -> None:
     compacted = run(case, reducer_of(case, positions="compact"))
     assert compacted.index[0].equal(case.expected["kept_image"])
-    expected = case.about["sensitivity"]["last_token_logit_change_if_positions_were_compacted"]
+    sensitivity = case.about["sensitivity"]
+    expected = sensitivity["last_token_logit_change_if_positions_were_compacted"]
     assert last_logit_change(case, compacted) == pytest.approx(expected, abs=1e-4)
     assert expected > 1
+    expected = sensitivity["last_token_logit_change_without_reduction"]
+    assert last_logit_change(case, run(case, UNREDUCED)) == pytest.approx(expected, abs=1e-4)
     later = run(case, reducer_of(case, layer=case.settings["K"] + 1))
     assert not later.index[0].equal(case.expected["kept_image"])
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from tokenreduce.attach.bare import reduce_decoder_tokens
-from tokenreduce.reducer import Grid, Span
+from tokenreduce.reducer import Grid, Selection, Span, Step, VisualTokens, best
 from tokenreduce_plugins.fastv import FastV
 
-from .decoder import assert_official, language_model, last_logit_change, run
+from .decoder import UNREDUCED, assert_official, language_model, last_logit_change, run
 from .golden import GEOMETRY, Case, cases, random, show, stored
 
 
@@ -53,6 +53,14 @@ def test_official_model_without_a_cache(case: Case) -> None:
     assert kept_by_step.equal(case.expected["nocache_kept_image"])
 
 
+class LoudestHead(FastV):
+    """The mistake of taking the largest of the heads in place of their mean."""
+
+    def select(self, step: Step, tokens: VisualTokens) -> Selection:
+        attention = tokens[step.sees[0]]
+        return Selection(best(attention.rows(-1)[:, 0, attention.visual].amax(dim=0), tokens.keep))
+
+
 @pytest.mark.parametrize("case", cases("e2e_fastv"))
 def test_mistakes_are_noticed(case: Case) -> None:
     sensitivity = case.about["sensitivity"]
@@ -70,6 +78,10 @@ def test_mistakes_are_noticed(case: Case) -> None:
         changed(reducer_of(case, layer=case.settings["K"] + 1))
         == sensitivity["kept_tokens_changed_if_ranked_by_layer_K"]
     )
+    unreduced = last_logit_change(case, run(case, UNREDUCED))
+    assert unreduced == pytest.approx(sensitivity["last_token_logit_change_without_reduction"], abs=1e-4)
+    loudest = LoudestHead(keep=1 - case.settings["R"], layer=case.settings["K"])
+    assert changed(loudest) == sensitivity["kept_tokens_changed_if_head_max_instead_of_mean"]
     everyone = sensitivity["kept_tokens_changed_if_ranked_by_mean_over_all_queries"]
     assert everyone and changed(reducer_of(case, queries="all")) == everyone
 

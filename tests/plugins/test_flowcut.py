@@ -55,7 +55,7 @@ class Told(FlowCut):
 def test_official_vectors_inside_a_real_tower(case: Case, attention: str) -> None:
     lengths = (case.expected["layer_input_lengths"] - 1).tolist()
     reducer: FlowCut = FlowCut(case.settings["target_num"])
-    if case.settings["B"] > 1:  # the official code cuts all pictures of a batch to the count of the shortest
+    if case.settings["B"] > 1:  # the official code cuts all pictures of a batch to the count of the shortest one
         reducer = Told(case.settings["target_num"], leaves=tuple(lengths[1:]))
     done = encode(reducer, case.given["pixel_values"], attention)
     for sample, image in enumerate(done.images):

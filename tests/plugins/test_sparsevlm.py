@@ -130,7 +130,7 @@ def test_a_single_word_rates_alone() -> None:
 
 def test_a_list_that_does_not_fit_the_layers_is_refused() -> None:
     for keeps in ((300,), (300, 0.5, 0.1)):
-        with pytest.raises(ValueError, match="give one ratio, or one number, for every layer"):
+        with pytest.raises(ValueError, match="give every layer one ratio, or one number"):
             SparseVlm(keeps=keeps)
     with pytest.raises(ValueError, match="keep=0 is not"):
         SparseVlm(keeps=(300, 200, 0))

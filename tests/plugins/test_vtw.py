@@ -13,7 +13,7 @@ from tokenreduce.reducer import TokenReducer
 from tokenreduce.testing import prompts
 from tokenreduce_plugins.vtw import NextLogits, Vtw, calibrate, divergences
 
-from .decoder import assert_official, language_model, last_logit_change, run
+from .decoder import UNREDUCED, assert_official, language_model, last_logit_change, run
 from .golden import Case, assert_equal_floats, cases
 
 
@@ -31,6 +31,8 @@ def test_mistakes_are_noticed(case: Case) -> None:
     compacted = last_logit_change(case, run(case, Vtw(layer=layer, positions="compact")))
     assert compacted == pytest.approx(sensitivity["last_token_logit_change_if_positions_were_compacted"], abs=1e-4)
     assert compacted > 1
+    unreduced = last_logit_change(case, run(case, UNREDUCED))
+    assert unreduced == pytest.approx(sensitivity["last_token_logit_change_without_reduction"], abs=1e-4)
     assert last_logit_change(case, run(case, Vtw(layer=layer + 1))) > 1e-2
 
 
