@@ -31,8 +31,8 @@ class FlowCut(TokenReducer):
     The last layer before the one that gives the features reaches ``keep``; how many go in the layers before depends on
     the picture alone, so that no picture's answer depends on its neighbours. The official code takes the most of a
     batch for all of it: with one picture a call it does the same as this, with more it keeps other patches. Without
-    class token the mean query takes its place, as the authors do for Qwen2-VL. Their second stage, in the language model
-    of any-resolution models, is not part of this. Presets: flowcut_64, flowcut_128 and flowcut_192, the published
+    class token the mean query takes its place, as the authors do for Qwen2-VL. Their second stage, in the language
+    model of any-resolution models, is not part of this. Presets: flowcut_64, flowcut_128 and flowcut_192, the published
     budgets.
     """
 
