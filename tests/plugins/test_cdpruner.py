@@ -59,7 +59,7 @@ def test_worked_example() -> None:
 def test_the_sign_matters() -> None:
     assert worked(1, sign=1) == [0]
     with pytest.raises(ValueError, match="sign=0 is not one of -1, 1"):
-        CdPruner(sign=0)  # type: ignore[arg-type]
+        CdPruner(sign=0)
 
 
 def test_more_tokens_than_the_kernel_has_dimensions() -> None:
