@@ -3,7 +3,6 @@ them hurts nobody."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,13 +56,14 @@ def folder(environment: Environment, tmp_path: Path) -> Iterator[Path]:
     (broken / "__init__.py").touch()
     (broken.parent / "__init__.py").write_text("raise RuntimeError('out of order')\n")
     write_checkpoint("llava", here / "checkpoint")
-    config = here / "checkpoint" / "config.json"
-    named = {"model_type": "ours", "architectures": ["OursForConditionalGeneration"]}
-    config.write_text(json.dumps(json.loads(config.read_text()) | named))
+    (script,) = (block.text for block in blocks() if block.title == "fine_tune.py")
     environment.run(f"pip install {' '.join(f'./{name}' for name in PACKAGES)}", sources)
-    assert set(PACKAGES) <= installed(environment, here)
-    yield here
-    environment.run(f"pip uninstall --yes {' '.join(PACKAGES)}", here)
+    try:
+        assert set(PACKAGES) <= installed(environment, here)
+        environment.run(f"python - <<'EOF'\n{script.replace('tiny', 'checkpoint')}EOF", here)
+        yield here
+    finally:
+        environment.run(f"pip uninstall --yes {' '.join(PACKAGES)}", here)
     assert not set(PACKAGES) & installed(environment, here)
 
 
@@ -85,7 +85,7 @@ def answers(output: Path, reducer: str) -> list[list[tuple[str, str | None, tupl
 
 def test_they_work_in_the_processes_of_any_launcher(environment: Environment, folder: Path) -> None:
     """Two processes share one evaluation; two workers have a job each, the second of which is a preset's."""
-    ours = f"model.path=checkpoint benchmark=greys benchmark.cards=9 {QUICK}"
+    ours = f"model.path=fine_tune benchmark=greys benchmark.cards=9 {QUICK}"
     # Where there is no GPU, this option is how accelerate starts several processes without MPI.
     options = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
     printed = environment.run(

@@ -37,25 +37,31 @@ def plain(text: str) -> str:
     return NUMBER.sub("#", " ".join(text.split()))
 
 
-def test_the_tutorial_word_for_word(environment: Environment, tmp_path: Path) -> None:
+@pytest.fixture
+def folder(environment: Environment, tmp_path: Path) -> Iterator[Path]:
+    """An empty folder, and an environment that is left as it was found."""
+    yield tmp_path
+    environment.run(f"pip uninstall --yes {PACKAGES}", tmp_path)
+
+
+def test_the_tutorial_word_for_word(environment: Environment, folder: Path) -> None:
     printed = ""
     for block in blocks():
         if block.title:
-            file = tmp_path / block.title
+            file = folder / block.title
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(block.text, encoding="utf-8")
         elif block.language == "bash":
-            printed = environment.run(block.text, tmp_path)
+            printed = environment.run(block.text, folder)
+            assert "\nwarning:" not in printed
         elif block.language == "text":
             for line in block.text.splitlines():
                 assert plain(line) in plain(printed), printed
         else:
             pytest.fail(f"a block of {block.language} that is neither typed nor written")
-        assert "warning" not in printed
-    row = next(line for line in (tmp_path / "report" / "report.md").read_text().splitlines() if "surprise" in line)
-    assert "36" in row
-    assert "surprise" in (tmp_path / "report" / "index.html").read_text()
-    environment.run(f"pip uninstall --yes {PACKAGES}", tmp_path)
+    row = next(line for line in (folder / "report" / "report.md").read_text().splitlines() if "surprise" in line)
+    assert " 36 " in row
+    assert "surprise" in (folder / "report" / "index.html").read_text(encoding="utf-8")
 
 
 def test_the_idea_takes_thirty_lines() -> None:
