@@ -27,7 +27,7 @@ from tokenreduce.configuration import (
 from tokenreduce.evaluation import read_metrics
 from tokenreduce.evaluation.comparison import METRICS
 from tokenreduce.evaluation.processes import Processes, dismiss, launched
-from tokenreduce.job import plain_console, run, tracking_of
+from tokenreduce.job import plain_console, release, run, tracking_of
 from tokenreduce.reporting.files import PAGE
 from tokenreduce.reporting.html import write_report
 from tokenreduce.reporting.table import overview
@@ -75,15 +75,19 @@ def _start(arguments: list[str], processes: Processes) -> None:
         before = marks(sweep)
         arguments = [*arguments, f"hydra.sweep.dir='{sweep}'"]
     entry = hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME)(job)
+    ended: SystemExit | None = None
     try:
         with _process_arguments(arguments):
             entry()
+    except SystemExit as leaving:  # such as for a worker that was killed, which costs the other jobs nothing
+        ended = leaving
     finally:
-        failed = (
-            sweep is not None
-            and processes.main
-            and _conclude(sweep, outcomes_since(sweep, before), tracking_of(config, sweep))
-        )
+        release()
+    failed = False
+    if sweep is not None and processes.main:
+        failed = _conclude(sweep, outcomes_since(sweep, before), tracking_of(config, sweep))
+    if ended is not None:
+        raise ended
     if failed:
         sys.exit(BAD_INPUT)
 

@@ -79,6 +79,11 @@ _benches: list[Bench] = []
 """The one that the jobs of a sweep leave to each other in this process."""
 
 
+def release() -> None:
+    """Let go of what a sweep's jobs left to each other."""
+    _benches.clear()
+
+
 def _bench(config: DictConfig, processes: Processes, console: Console, sweep: SweepPlace | None) -> Bench:
     benchmark = BENCHMARKS.create(config.benchmark.name, **knobs_of(config.benchmark, "benchmark"))
     settings = Settings(
