@@ -135,6 +135,9 @@ def test_all_alike_is_not_certain(right: float) -> None:
     estimate = statistics.score([right] * 30, [f"image{number // 3}" for number in range(30)])
     exact = stats.binomtest(10 * int(right), 10).proportion_ci(0.95)
     assert estimate == statistics.Estimate(right, exact.low, exact.high)
+    half = statistics.score([1.0, 0.0] * 10, [f"image{number // 2}" for number in range(20)])
+    between = stats.binomtest(5, 10).proportion_ci(0.95)
+    assert half == statistics.Estimate(0.5, between.low, between.high)
 
 
 def test_too_little_has_no_interval() -> None:

@@ -52,16 +52,16 @@ def mean(values: ArrayLike, clusters: Sequence[str]) -> Estimate | None:
 def score(values: ArrayLike, clusters: Sequence[str]) -> Estimate | None:
     """The mean of scores in [0, 1]: as :func:`mean`, but never outside [0, 1].
 
-    All right or all wrong has no variance to estimate from, yet is no certainty: the exact (Clopper-Pearson) interval
-    with every image counted as one observation stands in.
+    Images that all score alike give no variance to estimate from, yet no certainty: the exact (Clopper-Pearson)
+    interval with every image counted as one observation stands in.
     """
     estimate = mean(values, clusters)
     if estimate is None or estimate.low is None or estimate.high is None:
         return estimate
-    if estimate.low == estimate.high and estimate.value in (0, 1):
+    if np.isclose(estimate.low, estimate.high, rtol=0, atol=1e-12):
         images = len(set(clusters))
-        exact = stats.binomtest(int(estimate.value) * images, images).proportion_ci(CONFIDENCE)
-        return Estimate(estimate.value, float(exact.low), float(exact.high))
+        exact = stats.binomtest(round(estimate.value * images), images).proportion_ci(CONFIDENCE)
+        return Estimate(estimate.value, min(estimate.value, exact.low), max(estimate.value, exact.high))
     return Estimate(estimate.value, max(0.0, estimate.low), min(1.0, estimate.high))
 
 
