@@ -24,10 +24,10 @@ def test_every_reducer_names_its_source() -> None:
     assert [name for name, reducer in REDUCERS.usable().items() if name != "chain" and not reducer.paper] == []
 
 
-def test_the_supported_classes_are_named() -> None:
-    for family in MODELS.usable().values():
-        for name in family.classes:
-            assert f"`{name}`" in README
+def test_the_table_of_models_is_the_catalogs() -> None:
+    (table,) = re.findall(r"<!-- models -->\n(.*?)\n<!-- /models -->", README, re.DOTALL)
+    assert table == catalog.models_table(), "run `python -m tokenreduce.catalog table models` and paste what it prints"
+    assert all(f"`{name}`" in table for family in MODELS.usable().values() for name in family.classes)
 
 
 def test_the_example_method_keeps_the_invariants(llava: LlavaForConditionalGeneration) -> None:

@@ -3,6 +3,6 @@
 ``python -m tokenreduce.catalog`` lists, shows and checks plugins, and makes the package of a new one.
 """
 
-from tokenreduce.catalog.table import table
+from tokenreduce.catalog.table import models_table, table
 
-__all__ = ["table"]
+__all__ = ["models_table", "table"]

@@ -18,11 +18,12 @@ from rich.table import Table
 
 from tokenreduce.catalog.description import REGISTRIES, described, find, knobs, plugins, presets, site_name
 from tokenreduce.catalog.scaffold import create_package
-from tokenreduce.catalog.table import table
+from tokenreduce.catalog.table import models_table, table
 from tokenreduce.catalog.verdict import FAILED, Finding, findings
 from tokenreduce.registry import INTERFACE, Problem
 
 SUCCESS, BROKEN_PROMISE, BAD_INPUT = 0, 1, 2
+TABLES = {"reducers": table, "models": models_table}
 UNLIMITED = 10_000
 """Columns where nobody looks: a row of a table that goes into a file or a pipe stays on one line."""
 
@@ -68,8 +69,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--output", type=Path, default=Path(), help="where its folder is made; by default here")
     command.set_defaults(run=_new)
 
-    command = commands.add_parser("table", help="the README's table of built-in reducers, in Markdown")
-    command.set_defaults(run=_table_of_reducers)
+    command = commands.add_parser("table", help="the README's tables, in Markdown")
+    command.add_argument("of", nargs="?", choices=TABLES, default="reducers")
+    command.set_defaults(run=_table_in_markdown)
     return parser
 
 
@@ -175,8 +177,13 @@ def _new(options: argparse.Namespace) -> int:
     return SUCCESS
 
 
-def _table_of_reducers(_: argparse.Namespace) -> int:
-    print(table())
+def _table_in_markdown(options: argparse.Namespace) -> int:
+    print(TABLES[options.of]())
+    return SUCCESS
+
+
+def _table_of_families(_: argparse.Namespace) -> int:
+    print(families())
     return SUCCESS
 
 

@@ -1,10 +1,13 @@
-"""The README's table of reducers, made from the reducers themselves."""
+"""The README's tables of reducers and of model families, made from these themselves."""
 
 from __future__ import annotations
 
-from tokenreduce.catalog.description import GRID, LLAVA, described
+from tokenreduce.attach.decoder import DECODER_SIGNALS
+from tokenreduce.attach.vision import VISION_SIGNALS
+from tokenreduce.catalog.description import GRID, LLAVA, SITES, described, site_name
+from tokenreduce.models.family import ModelFamily
 from tokenreduce.reducer import Span, TokenReducer
-from tokenreduce.registry import BUILT_IN, REDUCERS
+from tokenreduce.registry import BUILT_IN, MODELS, REDUCERS
 from tokenreduce.signals import DecoderAttention, DecoderHidden, LookAheadAttention, QuestionLikeness, TextEmbeddings
 
 TEXT = (DecoderAttention, DecoderHidden, LookAheadAttention, QuestionLikeness, TextEmbeddings)
@@ -42,6 +45,33 @@ def table() -> str:
         if name != "chain" and REDUCERS.package(name) == BUILT_IN:
             lines.append(row(name, reducer()))
     return "\n".join(lines)
+
+
+def models_table() -> str:
+    """All built-in model families: what they host, why they host nothing else, and the signals at each site."""
+    header = ["family", "class", *SITES.values(), "why not"]
+    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
+    for name, family in sorted(MODELS.usable().items()):
+        if MODELS.package(name) == BUILT_IN:
+            lines.append(_family_row(name, family))
+    vision, decoder = (
+        ", ".join(f"`{each.__name__}`" for each in signals) for signals in (VISION_SIGNALS, DECODER_SIGNALS)
+    )
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Signals of every family: before the language model {vision} (`ClassToken` where the tower has one), "
+            f"inside it {decoder}.",
+        ]
+    )
+
+
+def _family_row(name: str, family: type[ModelFamily]) -> str:
+    hosted = {step.__name__ for step in family.sites}
+    reasons = "; ".join(f"{site_name(step)}: {reason}" for step, reason in family.unhosted.items())
+    classes = ", ".join(f"`{each}`" for each in family.classes)
+    return f"| {' | '.join([f'`{name}`', classes, *('yes' if site in hosted else '' for site in SITES), reasons])} |"
 
 
 def _link(paper: str) -> str:
