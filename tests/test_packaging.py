@@ -28,3 +28,10 @@ def test_every_dependency_is_constrained() -> None:
     )
     assert len(listed) > 12
     assert not [name for name in listed if not re.search(rf"^{name}==", constraints, re.MULTILINE | re.IGNORECASE)]
+
+
+def test_a_commit_is_checked_by_the_version_that_continuous_integration_uses() -> None:
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    version = re.search(r"^ruff==(.+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    assert version is not None
+    assert f"rev: v{version[1]}\n" in hooks

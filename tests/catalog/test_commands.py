@@ -188,8 +188,9 @@ def test_new_leaves_alone_what_is_there(run: Run, tmp_path: Path) -> None:
     assert list((tmp_path / "my_method").iterdir()) == []
 
 
-def test_the_table_is_printed(run: Run) -> None:
+def test_the_tables_are_printed(run: Run) -> None:
     assert run("table").out.startswith("| reducer |")
+    assert run("table", "models").out.startswith("| family |")
 
 
 def test_a_plugin_of_two_kinds_is_asked_for_by_its_kind(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
