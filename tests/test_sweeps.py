@@ -1,4 +1,4 @@
-"""Sweeps as a user meets them: what is done is not done again, a failure costs no other job, the launcher matters not."""
+"""Sweeps as users meet them: what is done is not done again, a failure costs no other job, the launcher matters not."""
 
 from __future__ import annotations
 

@@ -63,6 +63,12 @@ def test_processes_that_share_a_run_end_when_one_dies_and_leave_nothing_to_put_t
     assert found["bereft"]["parts"] == 2, "there was something to put together"
 
 
+def test_a_sweep_that_is_killed_again_and_again_ends_as_a_calm_one(found: dict[str, Any]) -> None:
+    swept = found["swept"]
+    assert swept["deaths"] >= 8 and swept["end"] == 0
+    assert swept["same"] and swept["lines"] == 12 * swept["runs"], "no record lost or doubled, and the same metrics"
+
+
 def test_a_full_disk_is_a_clear_error(found: dict[str, Any]) -> None:
     assert found["full"]["code"] == 7 and 0 < found["full"]["kept"] < 24
     assert "records.jsonl" in found["full"]["message"] and "free some space" in found["full"]["message"]

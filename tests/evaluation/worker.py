@@ -25,7 +25,7 @@ import torch
 from conftest import Cards, make_model, make_processor  # type: ignore[import-not-found]
 
 from tokenreduce import create
-from tokenreduce.evaluation import Processes, Silent, StorageError, evaluate, read_records, records
+from tokenreduce.evaluation import Comparer, Processes, Settings, Silent, StorageError, evaluate, read_records, records
 from tokenreduce.evaluation.processes import launched
 
 KILLS = 20
@@ -219,6 +219,59 @@ def bereft(folder: Path) -> dict[str, Any]:
     return {"ends": ends, "parts": parts, "left": len(list(folder.glob(records.PARTS)))}
 
 
+def compare_all(folder: Path) -> int:
+    """Three reducers, one after the other, as a sweep does."""
+    settings = Settings(folder, batch_size=4, max_new_tokens=2, random_seeds=2, timing_pairs=0)
+    comparer = Comparer(MODEL, PROCESSOR, Cards(count=12), settings)
+    for reducer in (create("uniform", keep=9), create("pool", keep=9), create("random", keep=4)):
+        if comparer.finished(reducer) is None:
+            comparer.compare(reducer)
+    return 0
+
+
+def swept(folder: Path) -> dict[str, Any]:
+    """A sweep that is killed again and again, at any moment, and one that is not."""
+    calm, moments, deaths = folder / "calm", random.Random(0), 0
+    started = time.monotonic()
+    compare_all(calm)
+    seconds = time.monotonic() - started
+    torn = folder / "torn"
+    for number in range(KILLS):
+        child = fork(
+            partial(mortal_sweep, torn, moments.randrange(1, 3000)) if number % 2 else partial(compare_all, torn)
+        )
+        if number % 2 == 0:
+            time.sleep(moments.uniform(0, seconds / 10))
+            os.kill(child, signal.SIGKILL)
+        deaths += status(child) == -signal.SIGKILL
+    end = status(fork(partial(compare_all, torn)))
+    results = [
+        {path.parent.name: without_seconds(path.parent) for path in sorted(output.glob("*/records.jsonl"))}
+        for output in (calm, torn)
+    ]
+    lines = sum(path.read_bytes().count(b"\n") for path in torn.glob("*/records.jsonl"))
+    metrics = [
+        {path.parent.name: json.loads(path.read_text()) for path in sorted(output.glob("*/metrics.json"))}
+        for output in (calm, torn)
+    ]
+    return {
+        "deaths": deaths,
+        "end": end,
+        "runs": len(results[0]),
+        "lines": lines,
+        "same": results[0] == results[1] and metrics[0] == metrics[1] and len(metrics[0]) == 3,
+    }
+
+
+def mortal_sweep(folder: Path, written: int) -> int:
+    die_after(written)
+    return compare_all(folder)
+
+
+def without_seconds(folder: Path) -> list[dict[str, Any]]:
+    return [asdict(record) | {"seconds": None} for record in read_records(folder)]
+
+
 def full(folder: Path) -> dict[str, Any]:
     """A file that the operating system does not let grow beyond 5000 bytes, then the same command again."""
 
@@ -246,10 +299,10 @@ def main(root: Path) -> None:
         folder.mkdir()
         found[scenario.__name__] = scenario(folder)
     for name in ("calm", *found):
-        lines = [asdict(record) | {"seconds": None} for record in read_records(root / name)]
-        found.setdefault(name, {})["records"] = lines
+        found.setdefault(name, {})["records"] = without_seconds(root / name)
         found[name]["written"] = (root / name / records.RECORDS).read_bytes().count(b"\n")
-    print(json.dumps(found))
+    (root / "swept").mkdir()
+    print(json.dumps({**found, "swept": swept(root / "swept")}))
 
 
 if __name__ == "__main__":
