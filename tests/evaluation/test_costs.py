@@ -38,7 +38,7 @@ def test_flops_agree_with_torchs_counter(name: str, key_heads: int) -> None:
 
 @pytest.mark.parametrize("family", [name for name, recipe in RECIPES.items() if recipe.model in supported_classes()])
 def test_on_every_family_flops_and_lengths_are_known_in_advance(family: str, checkpoint: Callable[[str], Path]) -> None:
-    model, processor = load(str(checkpoint(family)))
+    model, processor = load(str(checkpoint(family)), attention=RECIPES[family].attention)
     inputs = ask(processor, [[picture(1, 60, 90)]])
     served = family_of(model, MODELS.usable())
     before = layout(served, inputs)

@@ -30,7 +30,7 @@ class Loaded:
     """
 
     def __init__(self, family: str, directory: Path) -> None:
-        self.model, processor = load(str(directory))
+        self.model, processor = load(str(directory), attention=RECIPES[family].attention)
         tall, wide, square = picture(0, 60, 40), picture(1, 30, 90), picture(2, 50, 50)
         self.batches = [ask(processor, [[wide], [], [square, tall]])]
         if RECIPES[family].frames:

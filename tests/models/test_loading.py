@@ -12,6 +12,7 @@ from PIL import Image
 
 from tokenreduce.models.loading import EMBEDDED, load, supported_classes
 from tokenreduce.testing import tiny_llava
+from tokenreduce.testing.checkpoints import write_checkpoint
 from tokenreduce.testing.processors import tiny_processor
 
 
@@ -99,3 +100,8 @@ def test_settings_of_the_image_processor_are_overridden(checkpoint: Path) -> Non
     assert torch.allclose(white[0, 0], torch.tensor(1 / processor.image_processor.image_std[0]))
     with pytest.raises(ValueError, match=r"has no tiles: its settings are .*image_mean"):
         load(str(checkpoint), image={"tiles": 3})
+
+
+def test_a_kernel_that_a_model_cannot_do_with_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"attention='sdpa': use runtime\.attention=eager"):
+        load(str(write_checkpoint("paligemma2", tmp_path)))

@@ -65,6 +65,10 @@ def load(
     except ImportError as error:
         raise ValueError(f"attention={attention!r} cannot be used here: {_first_line(error)}") from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if "attention implementation" in str(error):
+            raise ValueError(
+                f"this model cannot do with attention={attention!r}: use runtime.attention=eager"
+            ) from error
         raise ValueError(f"the checkpoint in model.path={path!r} cannot be loaded: {_first_line(error)}") from error
     processor.tokenizer.padding_side = "left"
     if do_pad is not None:

@@ -70,7 +70,7 @@ class Recipe:
     """How a family's checkpoint is made. ``image`` and ``video`` are what a prompt says in the place of one.
 
     ``named`` are tokens that the family's processor reads from its tokenizer by name; ``settings`` are the processor's
-    own, ``frames`` those of its video processor.
+    own, ``frames`` those of its video processor. ``attention`` is a kernel that the model can do with.
     """
 
     processor: str
@@ -83,6 +83,7 @@ class Recipe:
     settings: Mapping[str, Any] = field(default_factory=dict)
     frames: Mapping[str, Any] = field(default_factory=dict)
     template: str | None = _CHAT
+    attention: str = "sdpa"
 
     @property
     def model(self) -> str:
@@ -391,10 +392,10 @@ def _idefics(kind: type[PreTrainedConfig]) -> Callable[[Ids], PreTrainedConfig]:
     )
 
 
-def _paligemma(ids: Ids) -> PreTrainedConfig:
-    return PaliGemmaConfig(
+def _paligemma(**text: Any) -> Callable[[Ids], PreTrainedConfig]:
+    return lambda ids: PaliGemmaConfig(
         vision_config=SiglipVisionConfig(**_vision(), vision_use_head=False, projection_dim=64),
-        text_config={**_text(head_dim=16), "model_type": "gemma"},
+        text_config=_text(head_dim=16, **text),
         image_token_index=ids["<image>"],
         projection_dim=64,
         hidden_size=64,
@@ -507,9 +508,16 @@ RECIPES: Mapping[str, Recipe] = {
     ),
     "paligemma": Recipe(
         processor="PaliGemmaProcessor",
-        config=_paligemma,
+        config=_paligemma(model_type="gemma"),
         image_processor=lambda: SiglipImageProcessorPil(size=_SIZE, image_seq_length=16),
         template=None,
+    ),
+    "paligemma2": Recipe(
+        processor="PaliGemmaProcessor",
+        config=_paligemma(model_type="gemma2", query_pre_attn_scalar=16, sliding_window=64),  # wider than its prompts
+        image_processor=lambda: SiglipImageProcessorPil(size=_SIZE, image_seq_length=16),
+        template=None,
+        attention="eager",
     ),
     "gemma3": Recipe(
         processor="Gemma3Processor",

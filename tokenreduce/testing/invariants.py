@@ -347,7 +347,9 @@ def _literal(model: PreTrainedModel, single: Inputs, reducer: TokenReducer) -> T
             )
             if number < len(deeper):
                 hidden = hidden + deeper[number]
-        return model.lm_head(decoder.norm(hidden)[0, -1])
+        logits = model.lm_head(decoder.norm(hidden)[0, -1])
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return logits if cap is None else cap * (logits / cap).tanh()
 
 
 def _entering(attachment: Attachment, reducer: TokenReducer, single: Inputs) -> tuple[Tensor, list[int], list[Tensor]]:
