@@ -507,7 +507,10 @@ class VisionSite:
             else:  # the model packs whole tiles: rows stand where their tokens did, and nobody reads the others
                 sequences[number] = sequences[number].clone()
                 sequences[number][patches[tile.places()]] = features
-        return (pad_sequence(sequences, batch_first=True),)
+        padded = pad_sequence(sequences, batch_first=True)
+        if not args[0].is_contiguous():  # behind a class token: laid out like it, or a linear layer rounds otherwise
+            padded = torch.cat([padded[:, :1], padded], dim=1)[:, 1:]
+        return (padded,)
 
 
 def _checksum(pixels: Tensor) -> int:
