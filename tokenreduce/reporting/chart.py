@@ -10,6 +10,7 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +70,12 @@ class Chart:
     figure: Figure
     tips: dict[str, str] = field(default_factory=dict)
 
+    @cached_property
     def svg(self) -> str:
-        """The figure as text of SVG, without an XML header."""
+        """The figure on white as text of SVG, without an XML header."""
         text = io.StringIO()
         with drawing(salt=self.name):
-            self.figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+            self.figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
         content = text.getvalue()
         return content[content.index("<svg") :]
 

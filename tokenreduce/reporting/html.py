@@ -69,7 +69,7 @@ def write_report(
         for chart in view.charts.values():
             stem = output / FIGURES / (chart.name if len(told) == 1 else f"{number + 1}_{chart.name}")
             chart.png(stem.with_suffix(".png"))
-            write_atomically(stem.with_suffix(".svg"), chart.svg())
+            write_atomically(stem.with_suffix(".svg"), chart.svg)
         views.append(view)
     write_atomically(output / PAGE, _page(heading, views, skipped))
     return output / PAGE
@@ -169,7 +169,7 @@ def inlined(chart: Chart, prefix: str, budgets: Mapping[str, str]) -> Markup:
 
     ``budgets`` are those of rows, by number.
     """
-    svg = chart.svg()
+    svg = chart.svg
     svg = re.sub(r"\s*<metadata>.*?</metadata>|\s*<style.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg class="chart" viewBox="\1">', svg, count=1)
     svg = re.sub(r"font-family:[^;\"]*;? ?", "", svg)
