@@ -182,11 +182,6 @@ def _table_in_markdown(options: argparse.Namespace) -> int:
     return SUCCESS
 
 
-def _table_of_families(_: argparse.Namespace) -> int:
-    print(families())
-    return SUCCESS
-
-
 def _console() -> Console:
     console = Console(highlight=False)
     if not console.is_terminal:
