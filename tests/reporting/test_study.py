@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ def study(sweep: Path) -> Study:
     return only
 
 
-def edited(sweep: Path, folder: Path, **changes: dict[str, object]) -> Path:
+def edited(sweep: Path, folder: Path, **changes: Mapping[str, object]) -> Path:
     """A copy of a sweep, with knobs of runs replaced."""
     shutil.copytree(sweep, folder)
     for run, knobs in changes.items():
