@@ -15,7 +15,7 @@ from tokenreduce import __main__ as command
 from tokenreduce.configuration import check_overrides, register_plugins, sweep_folder
 from tokenreduce.evaluation import read_records
 from tokenreduce.job import assigned_device
-from tokenreduce.reporting.html import PAGE
+from tokenreduce.reporting.files import PAGE
 from tokenreduce.sweep import Outcome, marks, outcomes_since, varied
 from tokenreduce.testing import tiny_llava
 from tokenreduce.testing.processors import tiny_processor

@@ -39,7 +39,7 @@ def run(config: DictConfig, processes: Processes, sweep: SweepPlace | None = Non
     with processes.together():
         bench = _bench(config, processes, console, sweep)
         reducer = REDUCERS.create(config.reducer.name, **knobs_of(config.reducer, "reducer"))
-        budget, tracking = budget_of(config.budget), tracking_of(config, sweep and sweep.folder)
+        budget, tracking = budget_of(config.budget), tracking_of(config, sweep.folder if sweep else None)
         finished = bench.comparer.finished(reducer, budget) if sweep is not None else None
         if finished is None:
             _rehearse(bench.comparer.runner, reducer)
