@@ -114,6 +114,8 @@ def _bench(config: DictConfig, processes: Processes, console: Console, sweep: Sw
         device=device,
         dtype=config.model.dtype or config.runtime.dtype,
         attention=config.runtime.attention,
+        device_map=config.runtime.device_map,
+        compiler=config.runtime.compiler,
         do_pad=config.model.do_pad,
         image=plain["model"]["image"],
     )

@@ -111,6 +111,8 @@ def model_identity(model: PreTrainedModel) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
         "attention": str(model.config._attn_implementation),
+        # Compiled code may round otherwise.
+        **({"compiled": True} if any(module._compiled_call_impl for module in model.modules()) else {}),
     }
 
 

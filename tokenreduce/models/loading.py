@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
+from tokenreduce.models.family import family_of
 from tokenreduce.models.processing import processor_of
 from tokenreduce.registry import MODELS
 
@@ -31,13 +32,17 @@ def load(
     device: str = "cpu",
     dtype: str = "float32",
     attention: str = "sdpa",
+    device_map: str | None = None,
+    compiler: str | None = None,
     do_pad: bool | None = None,
     image: Mapping[str, Any] | None = None,
 ) -> tuple[PreTrainedModel, Any]:
     """A model in evaluation mode and its processor.
 
     ``path`` is a directory, a name on the Hugging Face hub, or ``"tiny"``; ``attention`` names a kernel as transformers
-    does; ``do_pad`` overrides whether pictures are squared by padding, as LLaVA-1.5 was trained, and not by cropping;
+    does. A ``device_map`` such as ``"auto"`` spreads the model over all GPUs, in place of ``device``; a ``compiler``,
+    one of torch.compile's backends, compiles the language model's feed-forward networks, the part that no reducer looks
+    into. ``do_pad`` overrides whether pictures are squared by padding, as LLaVA-1.5 was trained, and not by cropping;
     ``image`` other settings of the image processor, such as ``{"max_patches": 6}`` for InternVL's tiles.
     Raises ``ValueError`` for a checkpoint, precision or device that cannot be used, saying what can.
     """
@@ -60,10 +65,11 @@ def load(
         raise ValueError(f"the processor of model.path={path!r} cannot be loaded: {_first_line(error)}") from error
     try:
         model = AutoModelForImageTextToText.from_pretrained(
-            source, dtype=precision, attn_implementation=attention, **options
+            source, dtype=precision, attn_implementation=attention, device_map=device_map, **options
         )
     except ImportError as error:
-        raise ValueError(f"attention={attention!r} cannot be used here: {_first_line(error)}") from error
+        setting = f"attention={attention!r}" + (f" or device_map={device_map!r}" if device_map else "")
+        raise ValueError(f"{setting} cannot be used here: {_first_line(error)}") from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if "attention implementation" in str(error):
             raise ValueError(
@@ -75,7 +81,9 @@ def load(
         processor.image_processor = _padding(processor.image_processor, do_pad)
     if image:
         processor.image_processor = _with_settings(processor.image_processor, image)
-    return model.to(device).eval(), processor
+    if compiler is not None:
+        _compile(model, compiler)
+    return (model if device_map else model.to(device)).eval(), processor
 
 
 def supported_classes() -> list[str]:
@@ -138,6 +146,16 @@ def _check_device(device: str) -> None:
         raise ValueError(f"unknown device {device!r}: known: {', '.join(usable)}")
     if not usable[kind]:
         raise ValueError(f"torch finds no {kind!r} device on this machine; runtime=cpu always works")
+
+
+def _compile(model: PreTrainedModel, compiler: str) -> None:
+    """Compile the decoder layers' feed-forward networks, for any number of tokens."""
+    known = torch.compiler.list_backends(())
+    if compiler not in known:
+        raise ValueError(f"unknown compiler {compiler!r}: known: {', '.join(known)}")
+    layers: Any = family_of(model, MODELS.usable()).decoder.layers
+    for layer in layers:
+        layer.mlp.compile(backend=compiler, dynamic=True)
 
 
 def _padding(image_processor: Any, do_pad: bool) -> Any:
