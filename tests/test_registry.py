@@ -63,6 +63,11 @@ def test_an_unknown_knob_offers_the_near_one() -> None:
         tokenreduce.create("fopru_row", kep=0.5)
 
 
+def test_a_required_knob_is_asked_for() -> None:
+    with pytest.raises(ValueError, match="reducer 'chain' needs a value for 'reducers'"):
+        tokenreduce.create("chain")
+
+
 def test_a_value_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="positions='sideways' is not one of 'original', 'compact'"):
         tokenreduce.create("fopru_row", positions="sideways")

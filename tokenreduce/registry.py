@@ -157,10 +157,12 @@ class Registry(EntryPoints[type[T]], Generic[T]):
         return loaded
 
     def create(self, name: str, **knobs: Any) -> T:
-        """An instance with these settings. Raises ``ValueError`` for an unknown name or knob, or a value that does
-        not fit."""
+        """An instance with these settings. Raises ``ValueError`` for an unknown name or knob, a required one that is
+        not given, or a value that does not fit."""
         cls = self.get(name)
         check_knob_names(cls, knobs)
+        if missing := [knob for knob in required_knobs(cls) if knob not in knobs]:
+            raise ValueError(f"{self.kind} {name!r} needs a value for {', '.join(map(repr, missing))}")
         return cls(**with_tuples(cls, knobs))
 
     def name_of(self, instance: T) -> str:
@@ -210,6 +212,15 @@ def frozen_dataclass(plugin: type) -> None:
     for field in dataclasses.fields(plugin):
         if field.default_factory is not dataclasses.MISSING:
             field.default_factory()  # raises here, and not where every plugin's defaults are listed
+
+
+def required_knobs(plugin: type) -> list[str]:
+    """The fields of a dataclass that have no default."""
+    return [
+        field.name
+        for field in dataclasses.fields(plugin)
+        if field.init and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
 
 
 def _declares_fields(plugin: type) -> bool:
