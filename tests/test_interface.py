@@ -24,8 +24,8 @@ SNAPSHOT = HERE / "interface.txt"
 DOCUMENT = (HERE.parent / "docs" / "interface.md").read_text(encoding="utf-8")
 REMEDY = """
 The interface for plugins changed. Removed and changed lines break plugins: undo them, or raise
-tokenreduce.registry.INTERFACE and say in CHANGELOG.md what authors have to do. Lines that are only added need no new
-version. Then: python tests/test_interface.py > tests/interface.txt
+tokenreduce.registry.INTERFACE and say in CHANGELOG.md what authors have to do. Lines that are only added, and a new
+parameter that has a default, need no new version. Then: python tests/test_interface.py > tests/interface.txt
 """
 
 
