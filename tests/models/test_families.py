@@ -8,23 +8,44 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import PreTrainedModel
 
 from tokenreduce import available, create, reduce_tokens
 from tokenreduce.models.family import family_of
 from tokenreduce.models.loading import load, supported_classes
-from tokenreduce.reducer import TokenReducer
+from tokenreduce.reducer import AtDecoder, AtEncoder, AtEncoderOutput, AtProjector, Step, TokenReducer
 from tokenreduce.registry import MODELS
+from tokenreduce.signals import DecoderAttention, EncoderAttention, EncoderHidden, LookAheadAttention
 from tokenreduce.testing import Identity, check_reducer
 from tokenreduce.testing.checkpoints import RECIPES, ask, picture, video
 
 Checkpoint = Callable[[str], Path]
 REDUCERS = [name for name in available("reducers") if name != "chain"]
-FAMILIES = [name for name, recipe in RECIPES.items() if recipe.model in supported_classes()]
+FAMILIES = [
+    pytest.param(name, marks=pytest.mark.xdist_group(name))
+    for name, recipe in RECIPES.items()
+    if recipe.model in supported_classes()
+]
+PLACES: list[tuple[type[Step], Step]] = [
+    (AtEncoder, AtEncoder(layer=1, keep=1.0)),
+    (AtEncoder, AtEncoder(layer=1, where="attention", keep=1.0)),
+    (AtEncoderOutput, AtEncoderOutput(keep=1.0, sees=(EncoderAttention(),))),
+    (AtProjector, AtProjector(keep=1.0, sees=(EncoderAttention(), EncoderHidden()))),
+    (AtDecoder, AtDecoder(layer=1, keep=1.0, sees=(DecoderAttention(0), LookAheadAttention()))),
+    (AtDecoder, AtDecoder(layer=-1, keep=1.0)),
+]
+GREEDY: dict[str, Any] = {
+    "max_new_tokens": 4,
+    "do_sample": False,
+    "return_dict_in_generate": True,
+    "output_logits": True,
+}
 
 
 class Loaded:
-    """A model and its batches: three prompts of which one has no picture and one two; and, where it has them, videos.
+    """A model, a prompt, and batches: three prompts of which one has no picture and one two; and, where it has them,
+    videos.
 
     The invariants run every prompt of a batch alone too.
     """
@@ -32,6 +53,7 @@ class Loaded:
     def __init__(self, family: str, directory: Path) -> None:
         self.model, processor = load(str(directory), attention=RECIPES[family].attention)
         tall, wide, square = picture(0, 60, 40), picture(1, 30, 90), picture(2, 50, 50)
+        self.single = ask(processor, [[tall]])
         self.batches = [ask(processor, [[wide], [], [square, tall]])]
         if RECIPES[family].frames:
             films = [video(0, 4, 40, 60), video(1, 4, 40, 60)]
@@ -59,9 +81,16 @@ def test_reducer(loaded: Loaded, made: Callable[[str], TokenReducer], name: str)
 
 
 @pytest.mark.parametrize("positions", ["compact", "original"])
-def test_identity_under_both_position_policies(loaded: Loaded, positions: Any) -> None:
-    for batch in loaded.batches:
-        check_reducer(Identity(positions=positions), loaded.model, batch)
+def test_keeping_everything_at_any_site_is_bit_identical(loaded: Loaded, positions: Any) -> None:
+    family = family_of(loaded.model, MODELS.usable())
+    sites = [place for kind, place in PLACES if kind in family.sites]
+    for batch in [loaded.single, *loaded.batches]:
+        plain = loaded.model.generate(**batch, **GREEDY)
+        for site in sites:
+            with reduce_tokens(loaded.model, Identity(site=site, positions=positions)):
+                same = loaded.model.generate(**batch, **GREEDY)
+            assert torch.equal(same.sequences, plain.sequences), site
+            assert all(map(torch.equal, same.logits, plain.logits)), site
 
 
 def _of_a_small_tile(reducer: TokenReducer) -> TokenReducer:
