@@ -20,10 +20,10 @@ class PruMerge(TokenReducer):
 
     Adaptive: the picture decides how many. Attention is that of one head of the full width, and each kept patch gets
     the sum of its neighbours weighted by raw attention (the paper: an average). One more row holds the weighted sum
-    of all patches that were not kept, which the paper does not mention. Rows come in the order of their scores, the
-    extra one last, as in the official code, or with ``order="raster"`` in the picture's. Outliers are those of one
-    image, where the official code pools a batch. In an encoder without class token, which the authors do not cover,
-    the mean of all queries' attention takes its place.
+    of all patches that were not kept, if any, which the paper does not mention. Rows come in the order of their scores,
+    the extra one last, as in the official code, or with ``order="raster"`` in the picture's. Outliers are those of one
+    image, where the official code pools a batch. In an encoder without class token, which the authors do not cover, the
+    mean of all queries' attention takes its place.
 
     layer:      the encoder layer that is looked at; the features are the model's own.
     factor:     how many interquartile ranges above the third quartile an outlier begins.
@@ -61,7 +61,8 @@ class PruMerge(TokenReducer):
         source = torch.full_like(weights, len(kept), dtype=torch.long)
         source[kept] = torch.arange(len(kept), device=kept.device)
         rows = torch.cat([features[kept] + adding @ features, extra]).to(tokens.features.dtype)
-        return Selection(torch.cat([kept, kept.new_tensor([-1])]), rows, source)
+        index = torch.cat([kept, kept.new_tensor([-1])])
+        return Selection(index[: len(tokens)], rows[: len(tokens)], source)  # where all are kept nothing is left over
 
     def spread(self, outliers: Tensor, total: int) -> Tensor:
         """Patches that are kept besides the outliers."""

@@ -19,7 +19,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "clip": {},
     "grouped-query siglip": {"tower": "siglip", "key_heads": 2},
     "eager": {"attention": "eager"},
-    "bfloat16": {"dtype": torch.bfloat16},
+    "grouped-query bfloat16": {"dtype": torch.bfloat16, "key_heads": 2},
 }
 
 
@@ -28,7 +28,7 @@ def model(request: pytest.FixtureRequest) -> LlavaForConditionalGeneration:
     return tiny_llava(**MODELS[request.param])
 
 
-@pytest.mark.parametrize("images", [[1], [1, 3, 0], [0, 1, 2]], ids=str)
+@pytest.mark.parametrize("images", [[1], [0, 3, 1]], ids=str)
 @pytest.mark.parametrize("positions", ["compact", "original"])
 @pytest.mark.parametrize("name", [name for name in [*available("reducers"), "identity"] if name != "chain"])
 def test_reducer(

