@@ -41,6 +41,19 @@ def test_samples_are_of_different_images_and_categories() -> None:
     assert len({each.image_id for each in chosen.values()}) == len({each.category for each in chosen.values()}) == 5
 
 
+def test_the_benchmark_is_found_by_what_it_is_installed_as(sweep: Path, tmp_path: Path) -> None:
+    shutil.copytree(sweep, tmp_path / "runs")
+    for folder in (path.parent for path in (tmp_path / "runs").glob("*-*/metrics.json")):
+        content = json.loads((folder / "metrics.json").read_text())
+        content["benchmark"]["name"] = "Scenes, as it is called"
+        (folder / "metrics.json").write_text(json.dumps(content))
+        (folder / "config.yaml").write_text("config: {benchmark: {name: scenes}}")
+    study = study_of(tmp_path / "runs")
+    assert study.benchmark == "Scenes, as it is called"
+    (drawn,) = gallery(study, first_samples(study.unreduced.comparison.answered, 1))
+    assert drawn.picture is not None
+
+
 def test_a_benchmark_that_is_not_here_costs_its_pictures_alone(sweep: Path, tmp_path: Path) -> None:
     shutil.copytree(sweep, tmp_path / "runs")
     for path in (tmp_path / "runs").glob("*-*/metrics.json"):

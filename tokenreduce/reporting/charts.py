@@ -68,10 +68,10 @@ def _time(row: Row, unreduced: Row) -> float | None:
 
 
 CURRENCIES = (
-    Currency("tokens", "tokens in", "visual tokens entering the language model", _relative("visual_tokens", "kept")),
     Currency(
         "layer_mean", "layer mean", "visual tokens, mean over decoder layers", _relative("visual_tokens", "layer_mean")
     ),
+    Currency("tokens", "tokens in", "visual tokens entering the language model", _relative("visual_tokens", "kept")),
     Currency(
         "flops", "prefill FLOPs", "prefill FLOPs, vision tower included", _relative("prefill_flops", "total_ratio")
     ),

@@ -129,7 +129,8 @@ def _right(record: Record) -> bool:
 
 def _benchmark(comparison: Comparison) -> Benchmark | None:
     """The benchmark that was asked, for its pictures; None, with a warning, where it cannot be made here."""
-    name = comparison.metrics["benchmark"]["name"]
+    # The metrics may have its title instead of what it is installed as.
+    name = comparison.config.get("benchmark", {}).get("name") or comparison.metrics["benchmark"]["name"]
     knobs = comparison.metrics["run"]["identity"].get("benchmark", {}).get("knobs", {})
     try:
         return BENCHMARKS.create(name, **knobs)
