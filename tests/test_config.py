@@ -25,7 +25,7 @@ REQUIRED = {
     "hf": ["benchmark.path=NAME"],
 }
 """What a choice that has no default for some knob cannot be composed without."""
-GROUPS = ("model", "reducer", "budget", "benchmark", "runtime", "tracking")
+GROUPS = ("model", "reducer", "budget", "benchmark", "runtime", "tracking", "launcher", "experiment")
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +52,13 @@ def test_every_choice_of_a_group_composes(group: str) -> None:
         assert not OmegaConf.missing_keys(config), choice
         if group in configuration.PLUGINS:
             configuration.PLUGINS[group].create(config[group].name, **knobs_of(config[group], group))
+
+
+@pytest.mark.parametrize("study", [file.name.removesuffix(".yaml") for file in (CONFIGS / "experiment").iterdir()])
+def test_a_study_sweeps_over_settings_that_exist(study: str) -> None:
+    hydra = check_overrides([f"experiment={study}"]).hydra
+    assert hydra.mode.name == "MULTIRUN" and hydra.sweeper.params
+    check_overrides([f"experiment={study}", *(f"{key}={value}" for key, value in hydra.sweeper.params.items())])
 
 
 @pytest.mark.usefixtures("hydra")

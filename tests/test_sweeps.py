@@ -100,7 +100,10 @@ def test_a_bug_in_a_method_is_shown_in_full_and_costs_no_other_job(
 ) -> None:
     from tokenreduce_plugins.baselines import Pool
 
-    monkeypatch.setattr(Pool, "select", lambda *_: {}["not there"])
+    def wrong(*_: Any) -> None:
+        raise KeyError("not there")
+
+    monkeypatch.setattr(Pool, "select", wrong)
     assert sweep("reducer=pool,uniform", *QUICK, f"model.path={checkpoint}") == 2
     out, err = capsys.readouterr()
     assert "Traceback" in err and "failed    reducer=pool: KeyError: 'not there'" in err
@@ -161,7 +164,7 @@ def test_the_same_sweep_has_the_same_folder_wherever_and_however_it_runs() -> No
     def folder(*arguments: str) -> str | None:
         overrides = [argument for argument in arguments if "=" in argument]
         found = sweep_folder(arguments, check_overrides(overrides))
-        return found and found.name
+        return None if found is None else found.name
 
     register_plugins()
     one = folder("-m", "reducer=pool,uniform", "benchmark.limit=3")

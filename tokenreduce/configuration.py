@@ -248,8 +248,9 @@ def _check_setting(override: Override, choices: dict[str, list[str]]) -> None:
     group = key.split(".")[0]
     if override.type is not OverrideType.CHANGE and group not in PLUGINS:
         return  # adding and deleting are Hydra's own; a plugin's knobs are all there already
+    others = [f"{name}={values[0]}" for name, values in choices.items() if name != group]  # a study may choose too
     for choice in choices.get(group, [None]):
-        node: Any = compose(CONFIG_NAME, [] if choice is None else [f"{group}={choice}"])
+        node: Any = compose(CONFIG_NAME, others if choice is None else [*others, f"{group}={choice}"])
         place = ""
         for part in key.split("."):
             if not isinstance(node, DictConfig):
