@@ -1,6 +1,6 @@
 """Visual token reduction for vision-language models: compare methods, and use them."""
 
-from tokenreduce.attach import reduce_tokens
+from tokenreduce.attach import calibrate, reduce_tokens
 from tokenreduce.registry import available, create
 
-__all__ = ["available", "create", "reduce_tokens"]
+__all__ = ["available", "calibrate", "create", "reduce_tokens"]

@@ -312,6 +312,16 @@ class TokenReducer(ABC):
             raise TypeError(f"{type(self).__name__} has no knob for how much it keeps")
         return dataclasses.replace(self, **{"keep": keep})
 
+    def calibrated(
+        self, next_logits: NextLogits, samples: Sequence[Any], geometry: Geometry, **settings: Any
+    ) -> TokenReducer:
+        """This reducer with the knobs that its own search finds on a model: what ``tokenreduce.calibrate`` calls.
+
+        A method that has a search overrides this; ``settings`` are the search's own. Raises ``TypeError`` where there
+        is none.
+        """
+        raise TypeError(f"{type(self).__name__} has nothing to calibrate")
+
     def parts(self) -> Sequence[TokenReducer]:
         """The methods that this reducer consists of: itself, unless it composes others."""
         return [self]
@@ -390,3 +400,8 @@ def tokens_to_keep(keep: Keep, total: int, rounding: Rounding = "floor") -> int:
         case "round":
             count = math.floor(exact + 0.5 + 1e-6)
     return min(total, max(1, count))
+
+
+NextLogits = Callable[[Any, TokenReducer | None], Tensor]
+"""A model's logits for the first new token, ``(vocabulary,)``, from a sample and a reducer, or None for the model as it
+is."""

@@ -8,7 +8,7 @@ of depth carries over. The published thresholds of the search are 0.003 (LLaVA-1
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -21,6 +21,7 @@ from tokenreduce.reducer import (
     Geometry,
     Keep,
     Layer,
+    NextLogits,
     Positions,
     Selection,
     Span,
@@ -29,16 +30,12 @@ from tokenreduce.reducer import (
     VisualTokens,
 )
 
-NextLogits = Callable[[Any, TokenReducer | None], Tensor]
-"""A model's logits for the first new token, ``(vocabulary,)``, from a sample and a reducer, or None for the model as it
-is."""
-
 
 @dataclass(frozen=True)
 class Vtw(TokenReducer):
     """Withdraw all visual tokens from some layer of the language model on.
 
-    layer: the first layer that sees none; :func:`calibrate` finds one for a model.
+    layer: the first layer that sees none; ``tokenreduce.calibrate(model, "vtw", samples)`` finds one for a model.
 
     The official code takes one image and withdraws it; here the tokens of all images of a prompt go.
     """
@@ -64,6 +61,35 @@ class Vtw(TokenReducer):
             raise TypeError("VTW keeps all visual tokens for some of the layers: give a ratio")
         return replace(self, layer=min(keep, math.nextafter(1, 0)))
 
+    def calibrated(  # type: ignore[override]  # the settings of this search, by name
+        self,
+        next_logits: NextLogits,
+        samples: Sequence[Any],
+        geometry: Geometry,
+        *,
+        threshold: float = 0.003,
+        first: int = 5,
+    ) -> Vtw:
+        """The earliest withdrawal that leaves a model's answers alone.
+
+        ``first`` is the first layer tried, 5 in the official code; the one taken is the first whose divergence,
+        averaged over ``samples``, is at most ``threshold``. Raises ``ValueError`` where there is none, or nothing to
+        try.
+        """
+        layers = range(first, geometry.decoder_layers)
+        if not layers or not samples:
+            raise ValueError(
+                f"nothing to search: {len(samples)} samples, and layers from first={first} on in a model of "
+                f"{geometry.decoder_layers}"
+            )
+        mean = torch.stack([divergences(next_logits, sample, layers) for sample in samples]).mean(dim=0)
+        for layer, divergence in zip(layers, mean.tolist(), strict=True):
+            if divergence <= threshold:
+                return replace(self, layer=layer)
+        raise ValueError(
+            f"no layer from {first} on keeps the mean divergence within {threshold}: the least is {mean.min():.2g}"
+        )
+
 
 def divergences(next_logits: NextLogits, sample: Any, layers: Sequence[int]) -> Tensor:
     """How far withdrawing at each of ``layers`` moves the next token's distribution: KL(withdrawn || full),
@@ -71,31 +97,3 @@ def divergences(next_logits: NextLogits, sample: Any, layers: Sequence[int]) -> 
     full = next_logits(sample, None).float().log_softmax(-1)
     withdrawn = [next_logits(sample, Vtw(layer=layer)).float().log_softmax(-1) for layer in layers]
     return torch.stack([kl_div(full, each, reduction="sum", log_target=True) for each in withdrawn])
-
-
-def calibrate(
-    next_logits: NextLogits, samples: Iterable[Any], depth: int, threshold: float = 0.003, first: int = 5
-) -> Vtw:
-    """The earliest withdrawal that leaves the answers of a model of ``depth`` layers alone.
-
-    ``first`` is the first layer tried, 5 in the official code; the one taken is the first whose divergence, averaged
-    over ``samples``, is at most ``threshold``. Raises ``ValueError`` where there is none, or nothing to try.
-
-    >>> def next_logits(inputs, reducer):  # doctest: +SKIP
-    ...     with reduce_tokens(model, reducer or "none"), torch.no_grad():
-    ...         return model(**inputs).logits[0, -1]
-    >>> reducer = calibrate(next_logits, samples, depth=32)  # doctest: +SKIP
-    """
-    layers = range(first, depth)
-    if not layers:
-        raise ValueError(f"first={first} leaves nothing to search in a model of {depth} layers: give a smaller one")
-    found = [divergences(next_logits, sample, layers) for sample in samples]
-    if not found:
-        raise ValueError("a search needs samples, and there are none")
-    mean = torch.stack(found).mean(dim=0)
-    for layer, divergence in zip(layers, mean.tolist(), strict=True):
-        if divergence <= threshold:
-            return Vtw(layer=layer)
-    raise ValueError(
-        f"no layer from {first} on keeps the mean divergence within {threshold}: the least is {mean.min():.2g}"
-    )

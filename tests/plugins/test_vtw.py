@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from tokenreduce import reduce_tokens
+from tokenreduce import calibrate, reduce_tokens
 from tokenreduce.attach.bare import reduce_decoder_tokens
-from tokenreduce.reducer import TokenReducer
+from tokenreduce.reducer import NextLogits, TokenReducer
 from tokenreduce.testing import prompts
-from tokenreduce_plugins.vtw import NextLogits, Vtw, calibrate, divergences
+from tokenreduce_plugins.vtw import Vtw, divergences
 
 from .decoder import UNREDUCED, assert_official, language_model, last_logit_change, run
-from .golden import Case, assert_equal_floats, cases
+from .golden import GEOMETRY, Case, assert_equal_floats, cases
 
 
 @pytest.mark.parametrize("case", cases("e2e_vtw"))
@@ -64,12 +68,16 @@ def test_official_divergences(case: Case) -> None:
     assert_equal_floats(divergences(next_logits, case, case.about["candidate_layers"]), case.expected["kl"])
 
 
+def searched(next_logits: NextLogits, samples: Sequence[Any], depth: int, **settings: Any) -> Vtw:
+    return Vtw().calibrated(next_logits, samples, replace(GEOMETRY, decoder_layers=depth), **settings)
+
+
 def test_official_search() -> None:
     samples = [parameter.values[0] for parameter in cases("e2e_vtw_search")]
-    assert calibrate(next_logits, samples, depth=8, threshold=0.07) == Vtw(layer=6)
-    assert calibrate(next_logits, samples, depth=8, threshold=0.05) == Vtw(layer=7)
+    assert searched(next_logits, samples, 8, threshold=0.07) == Vtw(layer=6)
+    assert searched(next_logits, samples, 8, threshold=0.05) == Vtw(layer=7)
     with pytest.raises(ValueError, match=r"the least is 0\.048"):
-        calibrate(next_logits, samples, depth=8)
+        searched(next_logits, samples, 8)
 
 
 def with_divergences(values: list[float]) -> NextLogits:
@@ -89,15 +97,15 @@ def with_divergences(values: list[float]) -> NextLogits:
 
 def test_searchs_worked_example() -> None:
     search = with_divergences([0.02, 0.004, 0.003 - 1e-6, 0.0005])
-    assert calibrate(search, [None], depth=9, threshold=0.003) == Vtw(layer=7)
-    assert calibrate(search, [None], depth=9, threshold=0.0029) == Vtw(layer=8)
+    assert searched(search, [None], 9, threshold=0.003) == Vtw(layer=7)
+    assert searched(search, [None], 9, threshold=0.0029) == Vtw(layer=8)
 
 
 def test_a_search_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="needs samples"):
-        calibrate(with_divergences([0.0]), [], depth=6)
-    with pytest.raises(ValueError, match="first=5 leaves nothing to search in a model of 4 layers"):
-        calibrate(with_divergences([0.0]), [None], depth=4)
+    with pytest.raises(ValueError, match="nothing to search: 0 samples"):
+        searched(with_divergences([0.0]), [], 6)
+    with pytest.raises(ValueError, match="layers from first=5 on in a model of 4"):
+        searched(with_divergences([0.0]), [None], 4)
 
 
 def test_the_search_on_a_vision_language_model(llava: LlavaForConditionalGeneration) -> None:
@@ -109,4 +117,11 @@ def test_the_search_on_a_vision_language_model(llava: LlavaForConditionalGenerat
     mean = torch.stack([divergences(logits, sample, range(1, 4)) for sample in samples]).mean(dim=0)
     assert mean.min() > 0
     for threshold, layer in ((mean[0], 1), (mean[1], 2), (mean[2], 3)):  # the later it goes, the less it matters
-        assert calibrate(logits, samples, depth=4, threshold=float(threshold), first=1) == Vtw(layer=layer)
+        found = calibrate(llava, Vtw(positions="compact"), samples, threshold=float(threshold), first=1)
+        assert isinstance(found, Vtw) and found.positions == "compact"
+        assert calibrate(llava, "vtw", samples, threshold=float(threshold), first=1) == Vtw(layer=layer)
+
+
+def test_a_method_without_a_search_says_so(llava: LlavaForConditionalGeneration) -> None:
+    with pytest.raises(TypeError, match="FastV has nothing to calibrate"):
+        calibrate(llava, "fastv", [prompts(llava)])

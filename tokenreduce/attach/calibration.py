@@ -1,0 +1,40 @@
+"""Letting a method find its own settings on a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tokenreduce.attach.attachment import reduce_tokens
+from tokenreduce.models.family import family_of
+from tokenreduce.reducer import TokenReducer
+from tokenreduce.registry import MODELS, create
+
+
+def calibrate(
+    model: PreTrainedModel, reducer: TokenReducer | str, samples: Iterable[Mapping[str, Any]], **settings: Any
+) -> TokenReducer:
+    """``reducer`` with the knobs that its own search finds for ``model``: for ``vtw`` the layer.
+
+    ``samples`` are inputs of ``generate`` with one prompt each, as a processor makes them; ``settings`` are the
+    search's, such as VTW's ``threshold``. Raises ``TypeError`` for a method without a search, and ``ValueError`` where
+    it finds nothing.
+
+    >>> reducer = calibrate(model, "vtw", samples)  # doctest: +SKIP
+    >>> with reduce_tokens(model, reducer):  # doctest: +SKIP
+    ...     model.generate(**inputs)
+    """
+    if isinstance(reducer, str):
+        reducer = create(reducer)
+
+    def next_logits(inputs: Mapping[str, Any], candidate: TokenReducer | None) -> Tensor:
+        attached = nullcontext() if candidate is None else reduce_tokens(model, candidate)
+        with attached, torch.no_grad():
+            return model(**inputs).logits[0, -1]
+
+    return reducer.calibrated(next_logits, list(samples), family_of(model, MODELS.usable()).geometry, **settings)
