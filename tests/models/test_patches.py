@@ -134,10 +134,10 @@ def test_a_token_of_a_packed_sequence_is_a_square_of_pixels(name: str, checkpoin
         inputs = question(processor, modality)
         pixels = "pixel_values" if modality == "image" else "pixel_values_videos"
         inputs[pixels].requires_grad_()
-        attention: Any = [layer.attn for layer in family.encoder_layers(modality)]  # type: ignore[arg-type]
+        attention: Any = [layer.attn for layer in family.encoder_layers(modality)]
         hooks = [each.register_forward_hook(lambda module, args, output: 0 * output) for each in attention]
         try:
-            features = torch.cat([levels[0] for levels in family.encode(inputs, modality)])  # type: ignore[arg-type]
+            features = torch.cat([levels[0] for levels in family.encode(inputs, modality)])
         finally:
             for hook in hooks:
                 hook.remove()

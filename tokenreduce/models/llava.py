@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -10,14 +11,14 @@ from transformers import PreTrainedModel
 
 from tokenreduce.models.family import Inputs, Modality, ModelFamily, Picture
 from tokenreduce.models.towers import clip_layers, tower_flops
-from tokenreduce.reducer import AtDecoder, AtEncoder, AtEncoderOutput, AtInput, AtProjector, Geometry, Grid
+from tokenreduce.reducer import AtDecoder, AtEncoder, AtEncoderOutput, AtInput, AtProjector, Geometry, Grid, Step
 
 
 class Llava(ModelFamily):
     """LLaVA-1.5 with a CLIP (class token dropped) or SigLIP vision tower."""
 
     classes = ("LlavaForConditionalGeneration",)
-    sites = (AtInput, AtEncoder, AtEncoderOutput, AtProjector, AtDecoder)
+    sites: ClassVar[tuple[type[Step], ...]] = (AtInput, AtEncoder, AtEncoderOutput, AtProjector, AtDecoder)
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)

@@ -18,7 +18,7 @@ class LlavaNext(Llava):
     """LLaVA-NeXT (1.6). Every tile is reduced by itself, without what lies in the padding."""
 
     classes = ("LlavaNextForConditionalGeneration",)
-    sites = (AtEncoderOutput, AtProjector, AtDecoder)
+    sites: ClassVar[tuple[type[Step], ...]] = (AtEncoderOutput, AtProjector, AtDecoder)
     unhosted: ClassVar[Mapping[type[Step], str]] = {
         AtInput: "its tiles have the vision tower's size",
         AtEncoder: "its tiles are put together whole",

@@ -14,7 +14,7 @@ from tokenreduce.flops import encoder_layer_flops
 
 def clip_layers(tower: nn.Module) -> Sequence[Any]:
     """The layers of a CLIP or SigLIP tower, however deep it is wrapped."""
-    return next(module for name, module in tower.named_modules() if name.endswith("encoder.layers"))  # type: ignore[return-value]
+    return next(module for name, module in tower.named_modules() if name.endswith("encoder.layers"))
 
 
 def tower_flops(patches: int, config: PretrainedConfig, special: int = 0) -> float:
