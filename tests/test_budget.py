@@ -90,6 +90,8 @@ def test_every_method_can_cost_the_same(name: str, layouts: Sequence[Layout], va
 def test_a_share_stays_a_ratio_and_a_short_one_where_pictures_differ() -> None:
     reducer, _ = solved("fopru_rank", "tokens", 0.11)
     assert reducer == create("fopru_rank", keep=0.11), "63 of 576, as by hand"
+    reducer, _ = solved("fopru_row", "tokens", 0.25)
+    assert reducer == create("fopru_row", keep=0.25), "0.26 would give the same rows"
     reducer, expected = solved("divprune", "layer_mean", 300, (SQUARE, WIDE))
     assert isinstance(keep := reducer.knobs()["keep"], float) and len(str(keep)) <= 8
     assert expected == pytest.approx(300, abs=1)

@@ -161,7 +161,9 @@ def solve(
     above = bisect_right(places, asked * _ROUNDING, key=by_place)
     found = min(map(setting, places[above - 1 : above + 1]), key=lambda near: abs(cost(near) - asked))
     if not counting:
-        found = next(each for each in _shorter(found) if cost_if_allowed(each) == cost(found))
+        # The share that was asked for, if it does as well: it is what one would write by hand.
+        plain = [budget.value] if isinstance(budget.value, float) else []
+        found = next(each for each in (*plain, *_shorter(found)) if cost_if_allowed(each) == cost(found))
     return Solution(reducer.with_keep(found), budget, asked, cost(found), least, most, whole)
 
 

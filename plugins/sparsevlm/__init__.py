@@ -88,7 +88,7 @@ class SparseVlm(TokenReducer):
         scaled = [keep * each / self.keeps[0] for each in self.keeps]
         if isinstance(keep, int):
             return replace(self, keeps=tuple(max(1, round(each)) for each in scaled))
-        return replace(self, keeps=tuple(min(1.0, each) for each in scaled))
+        return replace(self, keeps=tuple(min(1.0, round(each, 6)) for each in scaled))
 
 
 def shares(step: Step, span: Span) -> tuple[int, int, int]:
