@@ -201,3 +201,14 @@ def test_figures_are_files_too(written: Path) -> None:
     for name in ("score_tokens", "score_flops", "score_time", "ranking", "categories", "costs", "speed"):
         assert {f"{name}.png", f"{name}.svg"} <= names
     assert "<b>" not in (written / "figures" / "ranking.svg").read_text(encoding="utf-8")
+
+
+def test_several_studies_are_on_one_page_and_keep_apart(sweep: Path, tmp_path: Path) -> None:
+    shutil.copytree(sweep, tmp_path / "runs")
+    path = tmp_path / "runs" / "best-0" / "metrics.json"
+    path.write_text(path.read_text().replace('"limit": null', '"limit": 20'))
+    text = write_report([tmp_path / "runs" / name for name in ("best-0", "best-1")], tmp_path / "report").read_text()
+    assert text.count("<article") == 2
+    assert "<title>tiny on scenes</title>" in text
+    assert len(re.findall(r' id="([^"]*)"', text)) == len(set(re.findall(r' id="([^"]*)"', text)))
+    assert {"1_ranking.svg", "2_ranking.svg"} <= {each.name for each in (tmp_path / "report" / "figures").iterdir()}

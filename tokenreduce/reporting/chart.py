@@ -27,8 +27,8 @@ COLORS = (
     "#7a6fdb", "#a6761d", "#44aa99", "#b8336a", "#8a9a1f", "#6d7f99",
 )  # fmt: skip
 """After Okabe and Ito, and Tol: told apart with any colour vision, on white and on black. One a method, everywhere."""
-MARKERS = "osD^vP"
-"""A second sign besides colour, and what tells series apart when there are more than colours."""
+MARKERS = "osD^v"
+"""A second sign besides colour; five of them and twelve colours make sixty pairs."""
 
 BETTER = LinearSegmentedColormap.from_list("better", ["#b35806", "#f6b26b", "#f7f7f5", "#92c5de", "#2166ac"])
 _STYLE: Any = {

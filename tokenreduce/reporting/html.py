@@ -58,7 +58,7 @@ def write_report(
     output = Path(output)
     found, skipped = find(runs, partial(_chosen, samples=samples))
     told = studies(found)
-    heading = title or "; ".join(study.title for study in told)
+    heading = title or "; ".join(dict.fromkeys(study.title for study in told))
     with storage(output):
         (output / FIGURES).mkdir(parents=True, exist_ok=True)
     write_tables(told, output, heading)
