@@ -23,7 +23,7 @@ class Qwen2VL(ModelFamily):
     classes: ClassVar[tuple[str, ...]] = ("Qwen2VLForConditionalGeneration",)
     sites = (AtProjector, AtDecoder)
     unhosted: ClassVar[Mapping[type[Step], str]] = {
-        AtInput: "its processor cuts pictures into patches: ask that for smaller ones by max_pixels",
+        AtInput: "its image processor cuts pictures into patches: set that to fewer pixels instead",
         AtEncoder: "its merger needs whole blocks of patches",
         AtEncoderOutput: "its merger makes one visual token of several patches",
     }
