@@ -36,8 +36,8 @@ Layer = int | float
 Positions = Literal["original", "compact"]
 """Which position ids survivors carry: the ``original`` ones, with gaps, or ``compact`` ones, 0 .. n-1.
 
-Where a model's positions are in space and time (M-RoPE), compact ones close up the frames, rows and columns of a picture
-of which nothing is left, and what follows the picture; the others keep their arrangement.
+Where a model's positions are in space and time (M-RoPE), compact ones close up the frames, rows and columns of a
+picture of which nothing is left, and what follows the picture; the others keep their arrangement.
 """
 
 Rounding = Literal["floor", "round", "ceil"]
@@ -310,7 +310,8 @@ class TokenReducer(ABC):
         """
         if not isinstance(getattr(self, "keep", None), int | float):
             raise TypeError(f"{type(self).__name__} has no knob for how much it keeps")
-        return dataclasses.replace(self, **{"keep": keep})
+        changes: dict[str, Any] = {"keep": keep}
+        return dataclasses.replace(self, **changes)
 
     def calibrated(
         self, next_logits: NextLogits, samples: Sequence[Any], geometry: Geometry, **settings: Any

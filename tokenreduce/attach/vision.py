@@ -57,12 +57,13 @@ class StepReduction:
 class ImageReduction:
     """What a reducer did to one tile: an image, a tile of one where the model cuts images up, or a frame.
 
-    encoded: how many patches the vision encoder saw in its place.
+    encoded: how many patches the vision encoder saw in its place; part: whether it shows a part of its picture alone.
     """
 
     grid: Grid
     steps: tuple[StepReduction, ...]
     encoded: int
+    part: bool = False
 
     @property
     def kept(self) -> Sequence[int]:
@@ -101,7 +102,7 @@ class ReducedTile:
     def reduction(self) -> ImageReduction:
         at_input = [step for step in self.steps if step.site == "input"]
         encoded = len(at_input[-1].index) if at_input else self.tile.encoded
-        return ImageReduction(self.grid, tuple(self.steps), encoded)
+        return ImageReduction(self.grid, tuple(self.steps), encoded, self.tile.part)
 
     def take(self, site: str, selection: Selection) -> None:
         """Note what one step selected."""

@@ -45,10 +45,12 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """One image: its ``(time, height, width)`` grid of visual tokens, and the steps of the reducer."""
+    """One image, tile of one, or frame: its ``(time, height, width)`` grid of visual tokens, the steps of the reducer,
+    and whether it shows a ``part`` of its picture alone."""
 
     grid: tuple[int, int, int]
     steps: tuple[StepRecord, ...] = ()
+    part: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,11 @@ class Record:
         content = {"schema": SCHEMA, **vars(self)}
         return json.dumps(content, default=vars, ensure_ascii=False, separators=(",", ":")) + "\n"
 
+    @property
+    def overview(self) -> ImageRecord | None:
+        """The first of its images that shows a whole picture."""
+        return next((image for image in self.images if not image.part), None)
+
     @classmethod
     def from_line(cls, line: str) -> Record:
         """The inverse of :meth:`line`. Raises ``ValueError`` for anything else, and for a newer schema."""
@@ -100,7 +107,9 @@ class Record:
             raise ValueError(f"a record with the unknown fields {', '.join(sorted(unknown))}")
         try:
             content["images"] = tuple(
-                ImageRecord(tuple(image["grid"]), tuple(_step(step) for step in image["steps"]))
+                ImageRecord(
+                    tuple(image["grid"]), tuple(_step(step) for step in image["steps"]), image.get("part", False)
+                )
                 for image in content["images"]
             )
             return cls(**content | {name: tuple(content[name]) for name in ("expected", "lengths")})

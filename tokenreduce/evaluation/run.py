@@ -298,6 +298,7 @@ def _record(
             ImageRecord(
                 (image.grid.time, image.grid.height, image.grid.width),
                 tuple(StepRecord(step.site, step.index, step.source, step.merged) for step in image.steps),
+                image.part,
             )
             for image in reduction.images
         ),

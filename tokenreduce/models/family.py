@@ -30,6 +30,7 @@ class Tile:
     sequence: which of the encoder's sequences of its modality it is, in the order of the call.
     extent:   its stretch of that sequence where one sequence holds several tiles; None where it has it to itself.
     encoded:  how many patches the encoder's sequence, or stretch of it, has.
+    part:     whether it shows a part of its picture alone.
     """
 
     grid: Grid
@@ -37,6 +38,7 @@ class Tile:
     sequence: int
     extent: slice | None
     encoded: int
+    part: bool = False
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,9 @@ class Idefics3(ModelFamily):
         for prompt in inputs["input_ids"].cpu():
             for count in _tiles(prompt, config.image_token_id, len(grid)):
                 last = first + count
-                tiles = tuple(Tile(grid, patches, number, None, side * side) for number in range(first, last))
+                tiles = tuple(  # the last of several shows the whole image
+                    Tile(grid, patches, number, None, side * side, number < last - 1) for number in range(first, last)
+                )
                 tokens = torch.arange(count * len(grid))
                 pictures.append(Picture("image", tiles, tokens, torch.zeros_like(tokens), real[first:last]))
                 first = last

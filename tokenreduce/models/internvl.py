@@ -46,7 +46,9 @@ class InternVL(ModelFamily):
         pictures, first = [], 0
         for run in _runs(inputs["input_ids"], self.model.config.image_token_id):
             last = first + run // len(grid)
-            tiles = tuple(Tile(grid, patches, number, None, height * width) for number in range(first, last))
+            tiles = tuple(  # the last of several shows the whole image
+                Tile(grid, patches, number, None, height * width, number < last - 1) for number in range(first, last)
+            )
             tokens = torch.arange(run)
             pictures.append(Picture("image", tiles, tokens, torch.zeros_like(tokens), pixels[first:last]))
             first = last

@@ -83,7 +83,7 @@ def tiled(packed: Tensor, side: int, count: int, first: int, pixels: Tensor) -> 
         patches = own % side**2
         width = len((patches % side).unique())
         tokens[torch.isin(packed, own)] = before + torch.searchsorted(own, packed[torch.isin(packed, own)])
-        tiles.append(Tile(Grid(len(own) // width, width), patches, first + number, None, side**2))
+        tiles.append(Tile(Grid(len(own) // width, width), patches, first + number, None, side**2, number > 0))
         before += len(own)
     newline = packed < 0
     overview = len(tiles[0].patches) if count > 1 else 0

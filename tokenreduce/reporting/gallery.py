@@ -90,9 +90,9 @@ def _drawn(study: Study, plain: Record, benchmark: Benchmark | None) -> Drawn:
     for number, row in enumerate(study.rows[1:], 1):
         runs = row.comparison.records.get(row.key, ())
         record = runs[0].get(plain.id) if runs else None
-        if record is not None and record.error is None and record.images and drawable(record.images[0]):
-            kept.append(_kept(row, number, record, record.images[0]))
-    layout = plain.images[0] if plain.images else ImageRecord((1, 1, 1))
+        if record is not None and record.error is None and record.overview and drawable(record.overview):
+            kept.append(_kept(row, number, record, record.overview))
+    layout = plain.overview or ImageRecord((1, 1, 1))
     padded = bool(study.unreduced.comparison.config.get("model", {}).get("do_pad"))
     seen = as_seen(image, layout, padded) if image else None
     ratio = seen.height / seen.width if seen else layout.grid[1] / layout.grid[2]

@@ -60,7 +60,7 @@ def draw_kept_tokens(
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     varies = len({record.entering for record, _ in shown}) > 1
     for panel, (record, image) in zip(panels, shown, strict=False):
-        layout = record.images[0]
+        layout = record.overview or ImageRecord((1, 1, 1))
         _draw_image(panel, as_seen(image, layout, padded), layout)
         question = textwrap.fill(record.question, 36, max_lines=3, placeholder=" …")
         panel.set_title(question, fontsize=11, fontweight="bold", color=_INK, pad=8)
@@ -125,7 +125,7 @@ def _examples(benchmark: Benchmark, records: Sequence[Record], count: int) -> li
     """One answered sample of each of the first images, going through the categories in turn."""
     by_image: dict[str, dict[str, Record]] = {}
     for record in records:
-        if record.error is None and record.images and drawable(record.images[0]):
+        if record.error is None and record.overview and drawable(record.overview):
             by_image.setdefault(record.image_id, {}).setdefault(record.category, record)
     order = list(dict.fromkeys(category for each in by_image.values() for category in each))
     shown: list[tuple[Record, Image.Image]] = []
