@@ -77,3 +77,11 @@ def test_samples_without_an_answer_are_not_drawn(scenes: Scenes, reduced: list[R
     assert not draw_kept_tokens(scenes, failed, [], tmp_path / "kept.png", name="x", title="x")
     assert not draw_kept_tokens(scenes, reduced, [], tmp_path / "kept.png", name="x", title="x", count=0)
     assert not (tmp_path / "kept.png").exists()
+
+
+def test_of_an_image_in_tiles_the_one_that_shows_all_of_it_is_drawn(reduced: list[Record]) -> None:
+    whole = reduced[0].images[0]
+    tiled = replace(reduced[0], images=(replace(whole, part=True), whole, replace(whole, part=True)))
+    assert tiled.overview is whole
+    assert replace(tiled, images=tiled.images[:1]).overview is None
+    assert Record.from_line(tiled.line()) == tiled
