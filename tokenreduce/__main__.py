@@ -127,7 +127,7 @@ def _conclude(sweep: Path, outcomes: Sequence[Outcome], tracking: Tracking) -> b
     for failure in failures:
         print(f"{'failed':<9} {failure}", file=sys.stderr)
     if failures:
-        print(f"{len(failures)} of {len(outcomes)} jobs failed; the same command tries them again", file=sys.stderr)
+        print(f"{len(failures)} of {len(outcomes)} jobs failed; it cost the others nothing", file=sys.stderr)
     return bool(failures)
 
 
