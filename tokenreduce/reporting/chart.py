@@ -146,20 +146,27 @@ def bars_axis(axes: Axes, label: str) -> None:
 def end_labels(axes: Axes, ends: Sequence[tuple[float, float, str, str, str]]) -> None:
     """Names in a column to the right, each joined to its last point, none upon another."""
     low, high = axes.get_ylim()
-    gap = (high - low) / 19
     ordered = sorted(ends, key=lambda end: -end[1])
-    places: list[float] = []
-    for _, y, *_ in ordered:
-        places.append(min(y, places[-1] - gap) if places else min(y, high))
-    if places and (below := low - places[-1]) > 0:
-        places = [place + below for place in places]
-        for number in range(len(places) - 2, -1, -1):
-            places[number] = max(min(places[number], places[number] - below), places[number + 1] + gap)
+    places = apart([y for _, y, *_ in ordered], (high - low) / max(19, len(ends) + 4))
     for (x, y, name, color, identity), place in zip(ordered, places, strict=True):
         text = axes.annotate(
             name, (x, y), xytext=(1.02, place), textcoords=axes.get_yaxis_transform(), va="center", color=color,
             fontweight="bold", fontsize=9.5, annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": color, "alpha": 0.35, "lw": 0.8, "shrinkB": 4, "shrinkA": 2},
+            arrowprops={
+                "arrowstyle": "-", "color": color, "alpha": 0.35, "lw": 0.8, "shrinkB": 4, "shrinkA": 2, "relpos": (0, 0.5),
+            },
         )  # fmt: skip
         text.set_gid(f"{identity}-label")
     axes.set_ylim(low, high)
+
+
+def apart(places: Sequence[float], gap: float) -> list[float]:
+    """Descending places, moved as little as it takes to be ``gap`` apart: those that touch share their displacement."""
+    groups: list[tuple[float, int]] = []  # the middle of each, and how many are in it
+    for place in places:
+        middle, count = place, 1
+        while groups and groups[-1][0] - middle < gap * (groups[-1][1] + count) / 2:
+            before, others = groups.pop()
+            middle, count = (before * others + middle * count) / (others + count), others + count
+        groups.append((middle, count))
+    return [middle + gap * ((count - 1) / 2 - number) for middle, count in groups for number in range(count)]
