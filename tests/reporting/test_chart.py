@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from tokenreduce.reporting.chart import apart, pareto
@@ -11,7 +13,7 @@ def test_names_that_have_room_stay_and_others_share_what_is_missing() -> None:
     assert apart([10, 5, 1], 0.5) == [10, 5, 1]
     assert apart([10, 9.9, 9.8, 5, 1, 0.9], 0.5) == pytest.approx([10.4, 9.9, 9.4, 5, 1.2, 0.7])
     crowded = apart([3, 3, 3, 2.9, 2.5, 0], 1)
-    assert all(one - other >= 1 - 1e-9 for one, other in zip(crowded, crowded[1:], strict=False))
+    assert all(one - other >= 1 - 1e-9 for one, other in pairwise(crowded))
     assert apart([], 1) == []
 
 

@@ -153,7 +153,8 @@ def end_labels(axes: Axes, ends: Sequence[tuple[float, float, str, str, str]]) -
             name, (x, y), xytext=(1.02, place), textcoords=axes.get_yaxis_transform(), va="center", color=color,
             fontweight="bold", fontsize=9.5, annotation_clip=False,
             arrowprops={
-                "arrowstyle": "-", "color": color, "alpha": 0.35, "lw": 0.8, "shrinkB": 4, "shrinkA": 2, "relpos": (0, 0.5),
+                "arrowstyle": "-", "color": color, "alpha": 0.35, "lw": 0.8,
+                "shrinkB": 4, "shrinkA": 2, "relpos": (0, 0.5),
             },
         )  # fmt: skip
         text.set_gid(f"{identity}-label")
