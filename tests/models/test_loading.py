@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from huggingface_hub.errors import RepositoryNotFoundError
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from tokenreduce.models.loading import EMBEDDED, load, supported_classes
 from tokenreduce.testing import tiny_llava
@@ -88,6 +90,16 @@ def test_damaged_weights_are_told(checkpoint: Path, tmp_path: Path) -> None:
         (tmp_path / file.name).write_bytes(content[: len(content) // 2] if file.suffix == ".safetensors" else content)
     with pytest.raises(ValueError, match=r"the checkpoint in model\.path=.* cannot be loaded"):
         load(str(tmp_path))
+
+
+def test_missing_weights_are_told(checkpoint: Path, tmp_path: Path) -> None:
+    directory = shutil.copytree(checkpoint, tmp_path / "checkpoint")
+    file = directory / "model.safetensors"
+    weights = load_file(file)
+    del weights[next(name for name in weights if name.endswith("linear_1.weight"))]
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 1 of the weights of LlavaForConditionalGeneration, .*linear_1.weight"):
+        load(str(directory))
 
 
 def test_supported_classes_are_the_families() -> None:

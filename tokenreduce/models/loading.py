@@ -64,8 +64,13 @@ def load(
     except (OSError, ValueError) as error:
         raise ValueError(f"the processor of model.path={path!r} cannot be loaded: {_first_line(error)}") from error
     try:
-        model = AutoModelForImageTextToText.from_pretrained(
-            source, dtype=precision, attn_implementation=attention, device_map=device_map, **options
+        model, loaded = AutoModelForImageTextToText.from_pretrained(
+            source,
+            dtype=precision,
+            attn_implementation=attention,
+            device_map=device_map,
+            output_loading_info=True,
+            **options,
         )
     except ImportError as error:
         setting = f"attention={attention!r}" + (f" or device_map={device_map!r}" if device_map else "")
@@ -76,6 +81,11 @@ def load(
                 f"this model cannot do with attention={attention!r}: use runtime.attention=eager"
             ) from error
         raise ValueError(f"the checkpoint in model.path={path!r} cannot be loaded: {_first_line(error)}") from error
+    if missing := sorted(loaded["missing_keys"]):  # transformers would draw them at random
+        raise ValueError(
+            f"the checkpoint in model.path={path!r} lacks {len(missing)} of the weights of {type(model).__name__}, "
+            f"such as {missing[0]}"
+        )
     processor.tokenizer.padding_side = "left"
     if do_pad is not None:
         processor.image_processor = _padding(processor.image_processor, do_pad)
