@@ -77,6 +77,11 @@ def loaded(request: pytest.FixtureRequest, checkpoint: Checkpoint) -> Iterator[L
     yield Loaded(request.param, checkpoint(request.param))
 
 
+def test_a_class_token_is_announced(loaded: Loaded) -> None:
+    family = family_of(loaded.model, MODELS.usable())
+    assert family.class_token >= family.geometry.class_token
+
+
 @pytest.mark.parametrize("name", REDUCERS)
 def test_reducer(loaded: Loaded, made: Callable[[str], TokenReducer], name: str) -> None:
     reducer = _of_a_small_tile(made(name))

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tokenreduce.attach.decoder import DECODER_SIGNALS
 from tokenreduce.attach.vision import VISION_SIGNALS
 from tokenreduce.catalog.description import GRID, LLAVA, SITES, described, site_name
 from tokenreduce.models.family import ModelFamily
-from tokenreduce.reducer import Span, TokenReducer
+from tokenreduce.reducer import AtEncoder, Span, TokenReducer
 from tokenreduce.registry import BUILT_IN, MODELS, REDUCERS
-from tokenreduce.signals import DecoderAttention, DecoderHidden, LookAheadAttention, QuestionLikeness, TextEmbeddings
+from tokenreduce.signals import (
+    ClassToken,
+    DecoderAttention,
+    DecoderHidden,
+    LookAheadAttention,
+    QuestionLikeness,
+    TextEmbeddings,
+    TokenSizes,
+)
 
 TEXT = (DecoderAttention, DecoderHidden, LookAheadAttention, QuestionLikeness, TextEmbeddings)
 HEADER = (
@@ -49,29 +59,26 @@ def table() -> str:
 
 def models_table() -> str:
     """All built-in model families: what they host, why they host nothing else, and the signals at each site."""
-    header = ["family", "class", *SITES.values(), "why not"]
+    header = ["family", "class", *SITES.values(), "signals before the language model", "why not"]
     lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
     for name, family in sorted(MODELS.usable().items()):
         if MODELS.package(name) == BUILT_IN:
             lines.append(_family_row(name, family))
-    vision, decoder = (
-        ", ".join(f"`{each.__name__}`" for each in signals) for signals in (VISION_SIGNALS, DECODER_SIGNALS)
-    )
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"Signals of every family: before the language model {vision} (`ClassToken` where the tower has one), "
-            f"inside it {decoder}.",
-        ]
-    )
+    return "\n".join([*lines, "", f"Signals inside the language model, in every family: {_named(DECODER_SIGNALS)}."])
 
 
 def _family_row(name: str, family: type[ModelFamily]) -> str:
     hosted = {step.__name__ for step in family.sites}
     reasons = "; ".join(f"{site_name(step)}: {reason}" for step, reason in family.unhosted.items())
     classes = ", ".join(f"`{each}`" for each in family.classes)
-    return f"| {' | '.join([f'`{name}`', classes, *('yes' if site in hosted else '' for site in SITES), reasons])} |"
+    absent = {ClassToken: not family.class_token, TokenSizes: AtEncoder not in family.sites}
+    signals = _named([each for each in VISION_SIGNALS if not absent.get(each)])
+    sites = ["yes" if site in hosted else "" for site in SITES]
+    return f"| {' | '.join([f'`{name}`', classes, *sites, signals, reasons])} |"
+
+
+def _named(signals: Sequence[type]) -> str:
+    return ", ".join(f"`{signal.__name__}`" for signal in signals)
 
 
 def _link(paper: str) -> str:

@@ -75,11 +75,13 @@ class ModelFamily(ABC):
     classes:  the transformers classes of the family.
     sites:    the kinds of step that it can host.
     unhosted: for a kind that it cannot host, the reason, as the end of a sentence.
+    class_token: whether the vision encoder's sequence begins with one, if only with some of the family's towers.
     """
 
     classes: ClassVar[tuple[str, ...]]
     sites: ClassVar[tuple[type[Step], ...]]
     unhosted: ClassVar[Mapping[type[Step], str]] = {}
+    class_token: ClassVar[bool] = False
 
     first_position: ClassVar[int] = 0
     """The position id that a forward call without any gives a prompt's first token."""

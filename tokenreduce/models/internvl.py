@@ -18,6 +18,7 @@ class InternVL(ModelFamily):
 
     classes = ("InternVLForConditionalGeneration",)
     sites = (AtProjector, AtDecoder)
+    class_token = True
     unhosted: ClassVar[Mapping[type[Step], str]] = {
         AtInput: "its tiles have the vision tower's size",
         AtEncoder: "its projector needs whole tiles",

@@ -19,6 +19,7 @@ class Llava(ModelFamily):
 
     classes = ("LlavaForConditionalGeneration",)
     sites: ClassVar[tuple[type[Step], ...]] = (AtInput, AtEncoder, AtEncoderOutput, AtProjector, AtDecoder)
+    class_token = True
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)

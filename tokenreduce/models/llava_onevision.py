@@ -23,6 +23,7 @@ class LlavaOnevision(LlavaNext):
 
     classes = ("LlavaOnevisionForConditionalGeneration",)
     sites = (AtProjector, AtDecoder)
+    class_token = False
     unhosted: ClassVar[Mapping[type[Step], str]] = {
         AtInput: "its tiles have the vision tower's size",
         AtEncoder: "its tiles are put together whole",

@@ -19,6 +19,7 @@ class PaliGemma(Llava):
     step before the language model, and all tokens behind a step inside it."""
 
     classes = ("PaliGemmaForConditionalGeneration",)
+    class_token = False
     first_position = 1
 
     def __init__(self, model: PreTrainedModel) -> None:
