@@ -128,19 +128,16 @@ class Attention:
         The softmax always runs over the whole sequence; heads are added one after the other. Of a group of patches the
         mean counts, as queries and as keys.
         """
-        queries, keys = self.visual if queries is None else queries, self.visual if keys is None else keys
-        total = self._mass(0, queries, keys)
-        for head in range(1, self.queries.shape[0]):
-            total = total + self._mass(head, queries, keys)
-        return total / self.queries.shape[0]
-
-    def _mass(self, head: int, queries: Rows, keys: Rows) -> Tensor:
-        """One head's probabilities of some keys: ``(queries, keys)``."""
-        rows, columns = _many(queries), _many(keys)
+        rows = _many(self.visual if queries is None else queries)
+        columns = _many(self.visual if keys is None else keys)
         grouped = isinstance(rows, Tensor) and rows.ndim == 2
-        mass = self._scores(head, rows.flatten() if grouped else rows)[0].softmax(-1)[:, columns]  # type: ignore[union-attr]
-        mass = mass.mean(-1) if mass.ndim == 3 else mass
-        return mass.unflatten(0, rows.shape).mean(1) if grouped else mass  # type: ignore[union-attr]
+        each = rows.flatten() if grouped else rows  # type: ignore[union-attr]
+        total = self._scores(0, each)[0].softmax(-1)
+        for head in range(1, self.queries.shape[0]):
+            total += self._scores(head, each)[0].softmax(-1)
+        mean = (total / self.queries.shape[0])[:, columns]
+        mean = mean.mean(-1) if mean.ndim == 3 else mean
+        return mean.unflatten(0, rows.shape).mean(1) if grouped else mean  # type: ignore[union-attr]
 
     def _scores(self, head: int, queries: Rows) -> Tensor:
         """One head's logits in float32: ``(1, rows, keys)``."""

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import wraps
 from typing import Any
 
@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from tokenreduce.attach.decoder import DECODER_SIGNALS, DecoderSite, Prefill
+from tokenreduce.attach.decoder import DECODER_SIGNALS, DecoderSite
 from tokenreduce.attach.generation import refuse_chunks, translated
 from tokenreduce.attach.prompt import Prompt, closed_up, shorten
-from tokenreduce.attach.vision import VISION_SIGNALS, ImageReduction, ReducedPicture, StepReduction, VisionSite
+from tokenreduce.attach.reductions import SampleReduction, with_decoder_steps
+from tokenreduce.attach.vision import VISION_SIGNALS, ReducedPicture, VisionSite
 from tokenreduce.models.family import ModelFamily, Picture, family_of
 from tokenreduce.reducer import (
     AtDecoder,
@@ -46,20 +47,6 @@ _PROMPT = "_tokenreduce_prompt"
 
 _attached: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
 _lock = threading.Lock()
-
-
-@dataclass(frozen=True)
-class SampleReduction:
-    """What a reducer did to one prompt.
-
-    visual_tokens: how many there were; entering: how many enter the language model;
-    lengths: the prompt's length, text included, at the input of every decoder layer.
-    """
-
-    images: tuple[ImageReduction, ...]
-    visual_tokens: int
-    entering: int
-    lengths: tuple[int, ...]
 
 
 @contextmanager
@@ -448,31 +435,6 @@ class Attachment:
         """Whether nothing is left behind this step, which every model can host."""
         one = Grid(1, 1)
         return isinstance(step, AtInput) and self.reducer.count(step, Span(self.family.geometry, (one,), 1, 1)) == 0
-
-
-def with_decoder_steps(
-    sample: SampleReduction, entries: Tensor, prefill: Prefill, row: int, layers: int
-) -> SampleReduction:
-    """Add to a sample's record what was cut inside the language model, and the lengths that its layers saw.
-
-    ``entries`` tells for every visual token that entered, ``(entering, 2)``, its tile and its row in that.
-    """
-    images = []
-    for number, image in enumerate(sample.images):
-        kept, before = image.kept, (image.steps[-1].source if image.steps else range(len(image.grid)))
-        own = (entries[:, 0] == number).nonzero()[:, 0]
-        entered = dict(zip(entries[own, 1].tolist(), own.tolist(), strict=True))
-        tokens = {place: kept[entry] for entry, place in entered.items()}
-        steps = list(image.steps)
-        for layer, index, source, merged in prefill.rows[row].steps:
-            inside = tuple(tokens[place] for place in index.tolist() if place in tokens)
-            into = tuple(-1 if old < 0 else int(source[entered[old]]) for old in before)
-            steps.append(StepReduction(f"decoder layer {layer}", inside, into, merged))
-        images.append(replace(image, steps=tuple(steps)))
-    full = int(prefill.valid[row].sum())
-    stages = [prefill.stage(layer) for layer in range(layers)]
-    lengths = tuple(full if stage is None else int(stage.valid[row].sum()) for stage in stages)
-    return replace(sample, images=tuple(images), lengths=lengths)
 
 
 def _numbered(entries: Tensor, first: int) -> Tensor:

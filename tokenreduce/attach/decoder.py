@@ -12,6 +12,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -59,6 +60,15 @@ class Stage:
     compact: bool
     length: int
     spatial: Tensor | None = None
+
+    @cached_property
+    def padded(self) -> bool:
+        return not bool(self.valid.all())
+
+    @cached_property
+    def moves(self) -> bool:
+        """Whether what follows has other positions than the model gives it."""
+        return self.compact and bool(self.lost.any())
 
 
 @dataclass
@@ -126,6 +136,8 @@ class DecoderSite:
                 raise ValueError("a step at the input of decoder layer 0 is a step at the projector: use AtProjector")
             self.steps.setdefault(layer, []).append(step)
         self._prefill: ContextVar[Prefill | None] = ContextVar("tokenreduce_prefill", default=None)
+        self._rotates_by_kind = "layer_type" in inspect.signature(self.decoder.rotary_emb.forward).parameters
+        self._last_moved: tuple[Stage | None, Any, dict[str, Any]] = (None, None, {})
         self._spatial: ContextVar[Tensor | None] = ContextVar("tokenreduce_positions", default=None)
         signals = [signal for step in steps for signal in step.sees]
         self._watched = {
@@ -200,7 +212,8 @@ class DecoderSite:
                 stage = next((each for each in reversed(stages or []) if each.layer <= number), None)
                 if stage is None:
                     return None
-                return (hidden, *args[1:]), self._decoding(number, stage, cache, hidden, kwargs)
+                changed = self._decoding(number, stage, cache, hidden, kwargs)
+                return ((hidden, *args[1:]), {**kwargs, **changed}) if changed else None
             if number == 0:
                 prefill.embeddings = hidden
                 if cache is not None:
@@ -345,14 +358,14 @@ class DecoderSite:
 
     def _rotary(self, hidden: Tensor, positions: Tensor, number: int) -> Any:
         """The rotary embeddings of positions ``(rows, n)`` as layer ``number`` takes them."""
-        if "layer_type" in inspect.signature(self.decoder.rotary_emb.forward).parameters:
+        if self._rotates_by_kind:
             return self.decoder.rotary_emb(hidden, positions, self.decoder.config.layer_types[number])
         return self.decoder.rotary_emb(hidden, positions)
 
     def _prefill_mask(self, mask: Tensor | None, stage: Stage, hidden: Tensor) -> Tensor | None:
         """The layer's own mask at the remaining rows and columns; slots of padding see themselves alone."""
         if mask is None:
-            return None if bool(stage.valid.all()) else self._mask(_causal(stage.valid), hidden.dtype)
+            return None if not stage.padded else self._mask(_causal(stage.valid), hidden.dtype)
         if mask.ndim == 2:
             return stage.valid.to(mask.dtype)
         rows, width = stage.columns.shape
@@ -367,30 +380,20 @@ class DecoderSite:
     def _decoding(
         self, number: int, stage: Stage, cache: Any, hidden: Tensor, kwargs: dict[str, Any]
     ) -> dict[str, Any]:
+        """What a layer behind a cut is handed otherwise than the model would, for the tokens that follow."""
         rows, queries = hidden.shape[:2]
         if rows != len(stage.columns):
             raise ValueError(
                 f"the cache holds {len(stage.columns)} reduced prompts, and {rows} go on: they cannot be told apart"
             )
-        changed: dict[str, Any] = {}
         width = stage.columns.shape[1]
         new = cache.get_seq_length(number) - width + queries
-        if stage.compact and bool(stage.lost.any()):
-            positions = kwargs.get("position_ids")
-            if positions is None:
-                behind = torch.arange(new - queries, new, device=hidden.device)
-                positions = (stage.lost + stage.valid.sum(-1))[:, None] + behind
-            positions = positions.expand(rows, -1) - stage.lost[:, None]
-            changed["position_ids"] = None if kwargs.get("position_ids") is None else positions
-            spatial = self._spatial.get()
-            if stage.spatial is not None and spatial is not None:
-                positions = spatial.expand(-1, rows, -1) - stage.lost[:, None]
-            changed["position_embeddings"] = self._rotary(hidden, positions, number)
+        changed = self._moved_up(number, stage, new, hidden, kwargs) if stage.moves else {}
         mask, window = kwargs.get("attention_mask"), sliding_window(self.decoder, number)
         slides = window is not None and width + new > window
         if mask is not None and mask.ndim == 2:
             changed["attention_mask"] = torch.cat([stage.valid.to(mask.dtype), mask[:, -new:]], dim=1)
-        elif mask is not None or not bool(stage.valid.all()) or queries > 1 or slides:
+        elif mask is not None or stage.padded or queries > 1 or slides:
             valid = torch.cat([stage.valid, stage.valid.new_ones(rows, new)], dim=1)
             allowed = _causal(valid)
             if window is not None:  # counted in the whole prompt
@@ -400,7 +403,28 @@ class DecoderSite:
                 if cache.layers[number].is_sliding:  # the layer's cache holds the last keys alone
                     allowed = allowed[..., -(min(width + new - queries, window - 1) + queries) :]
             changed["attention_mask"] = self._mask(allowed[:, -queries:], hidden.dtype)
-        return {**kwargs, **changed}
+        return changed
+
+    def _moved_up(self, number: int, stage: Stage, new: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The positions of the tokens that follow, the same for all layers of one kind behind one cut."""
+        angles = kwargs["position_embeddings"]
+        last_stage, last_angles, changed = self._last_moved
+        if last_stage is stage and last_angles is angles:
+            return dict(changed)
+        (rows, queries), given = hidden.shape[:2], kwargs.get("position_ids")
+        if given is None:
+            behind = torch.arange(new - queries, new, device=hidden.device)
+            positions = stage.valid.sum(-1)[:, None] + behind
+        else:
+            positions = given.expand(rows, -1) - stage.lost[:, None]
+        spatial = self._spatial.get()
+        if stage.spatial is not None and spatial is not None:
+            turned = self._rotary(hidden, spatial.expand(-1, rows, -1) - stage.lost[:, None], number)
+        else:
+            turned = self._rotary(hidden, positions, number)
+        changed = {"position_ids": None if given is None else positions, "position_embeddings": turned}
+        self._last_moved = stage, angles, changed
+        return dict(changed)
 
     def _mask(self, allowed: Tensor, dtype: torch.dtype) -> Tensor:
         """A mask ``(rows, 1, queries, keys)`` in the form that the model's attention kernel takes."""

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tokenreduce.attach import taps
 from tokenreduce.attach.clip import clip_space
+from tokenreduce.attach.reductions import ImageReduction, StepReduction
 from tokenreduce.attach.selecting import checked
 from tokenreduce.models.family import Inputs, Modality, ModelFamily, Picture, Tile
 from tokenreduce.reducer import (
@@ -36,39 +37,6 @@ from tokenreduce.stopwatch import part
 
 VISION_SIGNALS = (EncoderAttention, EncoderHidden, ClassToken, TokenSizes, QuestionLikeness)
 """The signals that a step before the language model can see."""
-
-
-@dataclass(frozen=True)
-class StepReduction:
-    """What one step did to one image.
-
-    index:  the tokens that stay, in the image's own numbering; -1 for a row that stands for none (a class token).
-    source: for each of the image's tokens the row it went into, -1 for a dropped one.
-    merged: whether rows are other than the tokens at ``index``.
-    """
-
-    site: str
-    index: tuple[int, ...]
-    source: tuple[int, ...]
-    merged: bool
-
-
-@dataclass(frozen=True)
-class ImageReduction:
-    """What a reducer did to one tile: an image, a tile of one where the model cuts images up, or a frame.
-
-    encoded: how many patches the vision encoder saw in its place; part: whether it shows a part of its picture alone.
-    """
-
-    grid: Grid
-    steps: tuple[StepReduction, ...]
-    encoded: int
-    part: bool = False
-
-    @property
-    def kept(self) -> Sequence[int]:
-        """The tokens that stay after the last step."""
-        return self.steps[-1].index if self.steps else range(len(self.grid))
 
 
 @dataclass(eq=False)

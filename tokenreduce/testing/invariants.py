@@ -19,7 +19,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from tokenreduce.attach import Attachment, reduce_tokens
 from tokenreduce.attach.decoder import sliding_window
-from tokenreduce.attach.vision import StepReduction, VisionSite
+from tokenreduce.attach.reductions import StepReduction
+from tokenreduce.attach.vision import VisionSite
 from tokenreduce.models.family import ModelFamily, family_of
 from tokenreduce.reducer import (
     AtDecoder,
