@@ -184,7 +184,7 @@ def test_a_checkpoint_of_another_class_is_refused_with_the_supported_ones(run: R
     outcome = run(f"model.path={tmp_path / 'llama'}", *QUICK)
     assert outcome.status == 2
     assert "holds LlamaForCausalLM, which is not supported" in outcome.err
-    assert "Supported: LlavaForConditionalGeneration" in outcome.err
+    assert "Supported: Gemma3ForConditionalGeneration" in outcome.err
 
 
 def test_a_hub_that_cannot_be_reached_is_two_lines_that_name_the_way_out(

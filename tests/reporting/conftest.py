@@ -53,4 +53,4 @@ def metrics() -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a made-up sweep: shared, so tests copy what they change."""
-    return write_sweep(tmp_path_factory.mktemp("sweep"), Scenes(count=6))
+    return write_sweep(tmp_path_factory.mktemp("outputs") / "sweep", Scenes(count=6))
