@@ -136,7 +136,8 @@ class DecoderSite:
                 raise ValueError("a step at the input of decoder layer 0 is a step at the projector: use AtProjector")
             self.steps.setdefault(layer, []).append(step)
         self._prefill: ContextVar[Prefill | None] = ContextVar("tokenreduce_prefill", default=None)
-        self._rotates_by_kind = "layer_type" in inspect.signature(self.decoder.rotary_emb.forward).parameters
+        rotary: Any = decoder.rotary_emb
+        self._rotates_by_kind = "layer_type" in inspect.signature(rotary.forward).parameters
         self._last_moved: tuple[Stage | None, Any, dict[str, Any]] = (None, None, {})
         self._spatial: ContextVar[Tensor | None] = ContextVar("tokenreduce_positions", default=None)
         signals = [signal for step in steps for signal in step.sees]
