@@ -34,6 +34,7 @@ from tokenreduce.testing import Identity
 
 HERE = Path(__file__).parent
 TEXT = 64
+DECODED = 16
 CONDITIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "fopru_rank 64": ("fopru_rank", {"keep": 64}),
     "fopru_row 72": ("fopru_row", {"keep": 72}),
@@ -134,10 +135,13 @@ def flops(
     return {"language": causal.llm_flops, "scoring": max(0.0, scoring), "layer_mean": causal.layer_mean}
 
 
-def prefill(model: LlavaForConditionalGeneration, inputs: dict[str, Any], rounds: int) -> dict[str, dict[str, Any]]:
-    """Medians of interleaved rounds, and ratios to the plain model taken round by round."""
+def prefill(
+    model: LlavaForConditionalGeneration, inputs: dict[str, Any], rounds: int
+) -> Iterator[dict[str, dict[str, Any]]]:
+    """Medians of interleaved rounds, and ratios to the plain model taken round by round; anew after every round."""
     clock = Clock(model)
     reducers = conditions(model)
+    work = {label: flops(model, reducer, inputs) for label, reducer in reducers.items()}
     seconds: dict[str, list[tuple[float, float]]] = {label: [] for label in reducers}
     for turn in range(rounds + 1):  # the first warms up
         for label, reducer in reducers.items():
@@ -148,50 +152,63 @@ def prefill(model: LlavaForConditionalGeneration, inputs: dict[str, Any], rounds
             if turn:
                 seconds[label].append((clock.vision, whole - clock.vision))
         print(f"round {turn} of {rounds}", flush=True)
-    work = {label: flops(model, reducer, inputs) for label, reducer in reducers.items()}
-    plain = seconds["plain"]
-    rows = {}
-    for label, measured in seconds.items():
-        ratios = [after[1] / before[1] for before, after in zip(plain, measured, strict=True)]
-        ideal = (work[label]["language"] + work[label]["scoring"]) / work["plain"]["language"]
-        rows[label] = {
-            "layer_mean": work[label]["layer_mean"],
-            "milliseconds": 1e3 * statistics.median(rest for _, rest in measured),
-            "ratio": statistics.median(ratios),
-            "ideal": ideal,
-            "over_ideal": statistics.median(ratios) / ideal - 1,
-            "scoring_gflops": work[label]["scoring"] / 1e9,
-            "vision_milliseconds": 1e3 * statistics.median(vision for vision, _ in measured),
-            "vision_ratio": statistics.median(
-                after[0] / before[0] for before, after in zip(plain, measured, strict=True)
-            ),
-        }
-    return rows
-
-
-def decoding(model: LlavaForConditionalGeneration, inputs: dict[str, Any], rounds: int) -> dict[str, dict[str, float]]:
-    """Time per new token, the identity inside the language model against the plain model, in pairs."""
-    reducer = Identity(site=AtDecoder(layer=2, keep=1.0))
-    pairs = []
-    for turn in range(rounds + 1):
-        pair = []
-        for each in (None, reducer):
-            with attached(model, each), torch.no_grad():
-                output = model(**inputs, logits_to_keep=1)
-                token, cache = output.logits[:, -1].argmax(-1, keepdim=True), output.past_key_values
-                start = time.perf_counter()
-                for _ in range(16):
-                    output = model(input_ids=token, past_key_values=cache, logits_to_keep=1)
-                    token = output.logits[:, -1].argmax(-1, keepdim=True)
-                pair.append((time.perf_counter() - start) / 16)
         if turn:
-            pairs.append(pair)
-    ratios = np.array([after / before for before, after in pairs])
+            yield {
+                label: compared(measured, seconds["plain"], work[label], work["plain"])
+                for label, measured in seconds.items()
+            }
+
+
+def compared(
+    measured: list[tuple[float, float]],
+    plain: list[tuple[float, float]],
+    work: dict[str, float],
+    full: dict[str, float],
+) -> dict[str, Any]:
+    """One condition's row: (vision, rest) seconds of its rounds against those of the plain model."""
+    pairs = list(zip(plain, measured, strict=True))
+    ratio = statistics.median(after[1] / before[1] for before, after in pairs)
+    ideal = (work["language"] + work["scoring"]) / full["language"]
+    return {
+        "rounds": len(pairs),
+        "layer_mean": work["layer_mean"],
+        "milliseconds": 1e3 * statistics.median(rest for _, rest in measured),
+        "ratio": ratio,
+        "ideal": ideal,
+        "over_ideal": ratio / ideal - 1,
+        "scoring_gflops": work["scoring"] / 1e9,
+        "vision_milliseconds": 1e3 * statistics.median(vision for vision, _ in measured),
+        "vision_ratio": statistics.median(after[0] / before[0] for before, after in pairs),
+    }
+
+
+def decoding(model: LlavaForConditionalGeneration, inputs: dict[str, Any], pairs: int) -> dict[str, dict[str, float]]:
+    """Time per new token, the identity inside the language model against the plain model, in pairs."""
+    methods = (None, Identity(site=AtDecoder(layer=2, keep=1.0)))
+    begun = []
+    for reducer in methods:
+        with attached(model, reducer):
+            output = model(**inputs, logits_to_keep=1)
+        begun.append((reducer, output.logits[:, -1].argmax(-1, keepdim=True), output.past_key_values))
+    taken = []
+    for turn in range(-2, pairs):
+        seconds = {}
+        for reducer, token, cache in begun[:: 1 if turn % 2 else -1]:
+            with attached(model, reducer):
+                start = time.perf_counter()
+                for _ in range(DECODED):
+                    token = model(input_ids=token, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
+                seconds[reducer] = (time.perf_counter() - start) / DECODED
+            cache.crop(-DECODED)
+        if turn >= 0:
+            taken.append([seconds[reducer] for reducer in methods])
+    ratios = np.array([after / before for before, after in taken])
     draws = np.random.default_rng(0).choice(ratios, (10_000, len(ratios)))
     low, high = np.quantile(np.median(draws, axis=1), [0.025, 0.975])
     return {
         "identity, decoder layer 2": {
-            "plain_milliseconds": 1e3 * float(np.median([before for before, _ in pairs])),
+            "pairs": pairs,
+            "plain_milliseconds": 1e3 * float(np.median([before for before, _ in taken])),
             "ratio": float(np.median(ratios)),
             "low": float(low),
             "high": float(high),
@@ -238,7 +255,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
-        "--only", nargs="*", help="conditions to time, by the beginning of their names; all where absent"
+        "--only", nargs="*", help="conditions to time anew, by the beginning of their names; the others keep their rows"
     )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -255,16 +272,22 @@ def main() -> None:
         "attention_mask": torch.ones_like(ids),
         "pixel_values": torch.randn(1, 3, 336, 336, generator=generator),
     }
+    path = HERE / "result.json"
+    before = json.loads(path.read_text()) if arguments.only and path.exists() else {"prefill": {}}
+    result: dict[str, Any] = {
+        "command": f"python experiments/speed/measure.py --rounds {arguments.rounds}",
+        **before,
+        "machine": f"{platform.machine()}, {arguments.threads} thread(s), float32",
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
     with torch.no_grad():
-        result = {
-            "command": f"python experiments/speed/measure.py --rounds {arguments.rounds}",
-            "machine": f"{platform.machine()}, {arguments.threads} thread(s), float32",
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-            "prefill": prefill(model, inputs, arguments.rounds),
-            "decoding": decoding(model, inputs, 2 * arguments.rounds),
-            "eager": eager(model, inputs, max(3, arguments.rounds // 2)),
-        }
-    (HERE / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+        result["decoding"] = decoding(model, inputs, 16 * arguments.rounds)
+        if not arguments.only:
+            result["eager"] = eager(model, inputs, max(3, arguments.rounds // 2))
+        for rows in prefill(model, inputs, arguments.rounds):
+            kept = {label: row for label, row in before["prefill"].items() if label not in rows or label == "plain"}
+            result["prefill"] = {label: {**rows, **kept}[label] for label in {**before["prefill"], **rows}}
+            path.write_text(json.dumps(result, indent=1) + "\n")
     print(table(result))
     print(json.dumps({name: result[name] for name in ("decoding", "eager")}, indent=1))
 
