@@ -30,7 +30,7 @@ def diverse(features: Tensor, count: int) -> Tensor:
 
 def products(rows: Tensor) -> Tensor:
     """The inner product of every two rows ``(n, dim)``: ``(n, n)``."""
-    if rows.device.type != "cpu":
+    if rows.device.type != "cpu" or rows.numel() < 1 << 17:  # small ones are done before NumPy's threads are awake
         return rows @ rows.T
     # Of a matrix times its own transpose NumPy computes one half, by BLAS's `syrk`, for which torch has no call.
     array = rows.detach().numpy()
