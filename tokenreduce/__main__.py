@@ -27,7 +27,7 @@ from tokenreduce.configuration import (
 from tokenreduce.evaluation import read_metrics
 from tokenreduce.evaluation.comparison import METRICS
 from tokenreduce.evaluation.processes import Processes, dismiss, launched
-from tokenreduce.job import plain_console, release, run, tracking_of
+from tokenreduce.job import plain_console, release, run_job, tracking_of
 from tokenreduce.reporting.files import PAGE
 from tokenreduce.reporting.html import write_report
 from tokenreduce.reporting.table import overview
@@ -60,7 +60,7 @@ def job(config: DictConfig) -> None:
         _run_in_sweep(config, processes, sweep)
         return
     with _reported(processes):
-        run(config, processes)
+        run_job(config, processes)
 
 
 def _start(arguments: list[str], processes: Processes) -> None:
@@ -100,7 +100,7 @@ def _run_in_sweep(config: DictConfig, processes: Processes, sweep: SweepPlace) -
     started, folder, failure = time.monotonic(), None, None
     with _plain_warnings(processes):
         try:
-            folder = run(config, processes, sweep)
+            folder = run_job(config, processes, sweep)
         except Exception as error:
             failure = f"{type(error).__name__}: {error}"
             if processes.main:

@@ -16,12 +16,12 @@ from tokenreduce.benchmarks.benchmark import Benchmark
 from tokenreduce.configuration import SweepPlace, budget_of, knobs_of
 from tokenreduce.evaluation import Comparer, Processes, Settings, read_records
 from tokenreduce.evaluation.comparison import REDUCER, UNREDUCED, Metrics
-from tokenreduce.evaluation.run import Runner
+from tokenreduce.evaluation.runner import Runner
 from tokenreduce.models.loading import load
 from tokenreduce.reducer import TokenReducer
 from tokenreduce.registry import BENCHMARKS, REDUCERS
 from tokenreduce.reporting.pictures import KEPT_TOKENS, draw_kept_tokens
-from tokenreduce.reporting.table import label, report
+from tokenreduce.reporting.table import label, summary
 from tokenreduce.reporting.terminal import TerminalProgress
 from tokenreduce.reporting.tracking import Tracking, log_run
 
@@ -29,7 +29,7 @@ PLAIN_WIDTH = 120
 """Columns of a table that goes into a file or a pipe."""
 
 
-def run(config: DictConfig, processes: Processes, sweep: SweepPlace | None = None) -> Path:
+def run_job(config: DictConfig, processes: Processes, sweep: SweepPlace | None = None) -> Path:
     """Do what ``config`` asks for, as one of ``processes``, and return the folder of the reducer's run.
 
     As a job of a ``sweep`` it prints no tables, leaves the model in memory for the next one, and does nothing where the
@@ -164,7 +164,7 @@ def show(metrics: Metrics, folder: Path) -> None:
     """Print the tables, and where everything else is."""
     console = plain_console()
     console.print()
-    console.print(report(metrics))
+    console.print(summary(metrics))
     console.print()
     for name, place in (("results", folder / "metrics.json"), ("picture", folder / KEPT_TOKENS)):
         if place.exists():

@@ -13,7 +13,7 @@ import torch
 
 from tokenreduce import create
 from tokenreduce.evaluation import clock
-from tokenreduce.evaluation.run import Runner
+from tokenreduce.evaluation.runner import Runner
 from tokenreduce.stopwatch import part
 
 

@@ -21,7 +21,7 @@ from tokenreduce.evaluation.identity import (
     run_identity,
     source_digest,
 )
-from tokenreduce.evaluation.run import Runner
+from tokenreduce.evaluation.runner import Runner
 from tokenreduce.testing.models import tiny_llava
 from tokenreduce.testing.processors import tiny_processor
 

@@ -10,7 +10,7 @@ import pytest
 
 from tokenreduce.benchmarks.scenes import Scenes
 from tokenreduce.evaluation.records import ImageRecord
-from tokenreduce.reporting.comparisons import find
+from tokenreduce.reporting.discovery import find
 from tokenreduce.reporting.gallery import first_samples, gallery
 from tokenreduce.reporting.pictures import drawable
 from tokenreduce.reporting.study import Study, studies

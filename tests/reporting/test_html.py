@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page, sync_playwright
 
+from tokenreduce.reporting.formatting import percent, points, signed
 from tokenreduce.reporting.html import write_report
-from tokenreduce.reporting.wording import percent, points, signed
 
 from .made_up import EVIL
 

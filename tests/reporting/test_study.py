@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tokenreduce.evaluation import statistics
-from tokenreduce.reporting.comparisons import find
+from tokenreduce.reporting.discovery import find
 from tokenreduce.reporting.findings import findings
 from tokenreduce.reporting.study import Study, studies
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from tokenreduce.reporting.table import report
+from tokenreduce.reporting.table import summary
 from tokenreduce.reporting.terminal import TerminalProgress
 
 from .made_up import estimate
@@ -16,7 +16,7 @@ from .made_up import estimate
 
 def printed(metrics: dict[str, Any], width: int = 100) -> str:
     console = Console(file=io.StringIO(), width=width)
-    console.print(report(metrics))
+    console.print(summary(metrics))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 

@@ -4,7 +4,7 @@ from tokenreduce.evaluation.comparison import Comparer, Settings, compare, read_
 from tokenreduce.evaluation.processes import ProcessError, Processes
 from tokenreduce.evaluation.progress import Progress, Silent
 from tokenreduce.evaluation.records import Record, StorageError, read_records
-from tokenreduce.evaluation.run import evaluate
+from tokenreduce.evaluation.runner import evaluate
 
 __all__ = [
     "Comparer",

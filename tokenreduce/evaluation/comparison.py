@@ -47,7 +47,7 @@ from tokenreduce.evaluation.progress import Progress, Silent
 from tokenreduce.evaluation.prompts import PLACE
 from tokenreduce.evaluation.records import Record, StorageError, storage, write_atomically
 from tokenreduce.evaluation.roofline import limits, roofline
-from tokenreduce.evaluation.run import ReducerFor, Runner
+from tokenreduce.evaluation.runner import ReducerFor, Runner
 from tokenreduce.evaluation.statistics import Estimate
 from tokenreduce.flops import paper_flops
 from tokenreduce.reducer import TokenReducer

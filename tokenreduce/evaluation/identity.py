@@ -34,8 +34,8 @@ _CORE = (
     "benchmarks/tabular.py",
     "evaluation/costs.py",
     "evaluation/prompts.py",
-    "evaluation/run.py",
-    "evaluation/vision.py",
+    "evaluation/runner.py",
+    "evaluation/vision_memory.py",
 )
 """Parts of this package that a run's answers come from: while they are worked on, the version alone does not tell."""
 

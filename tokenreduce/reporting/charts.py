@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from tokenreduce.evaluation.comparison import UNREDUCED
-from tokenreduce.reporting.chart import (
+from tokenreduce.reporting.columns import first_token_ratio
+from tokenreduce.reporting.drawing import (
     BETTER,
     CHANCE,
     COLORS,
@@ -26,14 +27,13 @@ from tokenreduce.reporting.chart import (
     Chart,
     bars_axis,
     cost_axis,
-    drawing,
     end_labels,
     pareto,
+    styled,
     whiskers,
 )
-from tokenreduce.reporting.columns import first_token_ratio
+from tokenreduce.reporting.formatting import percent, points, signed
 from tokenreduce.reporting.study import Row, Study
-from tokenreduce.reporting.wording import percent, points, signed
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class Painter:
         groups = [[row for row in study.rows[1:] if row.budget == budget] for budget, _ in budgets]
         height = ROW * sum(len(group) + 1.3 for group in groups) + 0.7
         with_random = any(row.figures.get("difference_to_random") for row in study.methods)
-        with drawing():
+        with styled():
             figure = Figure(figsize=(8.6, height), layout="constrained")
             panels = figure.subplots(1, 2, sharey=True, squeeze=False, width_ratios=[3, 2 if with_random else 0.01])[0]
         chart = Chart(
@@ -165,7 +165,7 @@ class Painter:
             figure,
         )
         left, right = panels
-        with drawing():
+        with styled():
             axis, names = 0.0, []
             for (_, words), group in zip(budgets, groups, strict=True):
                 axis += 0.9
@@ -239,7 +239,7 @@ class Painter:
             "share (pale) stays, unless a method acts before or inside it.",
             rows,
         )
-        with drawing():
+        with styled():
             left, right = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
             for place, row in enumerate(rows):
                 flops, color = row.figures["prefill_flops"], self.color(row)
@@ -269,7 +269,7 @@ class Painter:
             "interleaved pairs. Right: what that time goes to. All relative to the unreduced model beside it.",
             rows,
         )
-        with drawing():
+        with styled():
             left, right = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
             for place, row in enumerate(rows):
                 ratio, color = first_token_ratio(row) or {}, self.color(row)
@@ -303,13 +303,13 @@ class Painter:
         return drawn, ", ".join(f"{name} {1000 * seconds:.1f} ms".strip() for name, seconds in parts.items())
 
     def _chart(self, name: str, title: str, caption: str, size: tuple[float, float]) -> tuple[Chart, Axes]:
-        with drawing():
+        with styled():
             figure = Figure(figsize=size, layout="constrained")
             axes = figure.subplots()
         return Chart(name, title, caption, figure), axes
 
     def _rows_figure(self, name: str, title: str, caption: str, rows: Sequence[Row]) -> tuple[Chart, Figure]:
-        with drawing():
+        with styled():
             figure = Figure(figsize=(8.6, 0.9 + ROW * len(rows)), layout="constrained")
         return Chart(name, title, caption, figure), figure
 
@@ -332,7 +332,7 @@ class Painter:
         points_up: bool = True,
     ) -> None:
         """A row's marker with its intervals: upwards its score's, across that of the axis."""
-        with drawing():
+        with styled():
             color = self.color(row)
             parts: list[Artist] = whiskers(axes, across, y, color)
             score = row.figures["score"]

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tokenreduce.evaluation.statistics import Estimate
-from tokenreduce.reporting.study import Row, Study
-from tokenreduce.reporting.wording import (
+from tokenreduce.reporting.formatting import (
     NOT_MEASURED,
     count,
     measured,
@@ -20,6 +19,7 @@ from tokenreduce.reporting.wording import (
     quantity,
     size,
 )
+from tokenreduce.reporting.study import Row, Study
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typing import Any
 
 from tokenreduce.evaluation.records import storage, write_atomically
 from tokenreduce.reporting.columns import Column, costs, interval, quality, raw
+from tokenreduce.reporting.formatting import percent
 from tokenreduce.reporting.study import Study
-from tokenreduce.reporting.wording import percent
 
 PAGE, RESULTS, CATEGORIES, MARKDOWN, FIGURES = "index.html", "results.csv", "categories.csv", "report.md", "figures"
 """What a report's folder holds."""

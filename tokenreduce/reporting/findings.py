@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from tokenreduce.reporting.charts import category_difference
 from tokenreduce.reporting.columns import first_token_ratio
+from tokenreduce.reporting.formatting import percent, points, signed
 from tokenreduce.reporting.study import Row, Study
-from tokenreduce.reporting.wording import percent, points, signed
 
 _SURE = 0.05
 _NAMED = 4

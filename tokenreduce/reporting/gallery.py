@@ -13,7 +13,7 @@ from PIL import Image
 from tokenreduce.benchmarks.benchmark import Benchmark
 from tokenreduce.evaluation.records import ImageRecord, Record
 from tokenreduce.registry import BENCHMARKS
-from tokenreduce.reporting.comparisons import Comparison
+from tokenreduce.reporting.discovery import Comparison
 from tokenreduce.reporting.pictures import as_seen, borders, drawable, kept_and_groups, sample_of
 from tokenreduce.reporting.study import Row, Study
 

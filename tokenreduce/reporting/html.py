@@ -17,15 +17,15 @@ import jinja2
 from markupsafe import Markup, escape
 
 from tokenreduce.evaluation.records import Record, storage, write_atomically
-from tokenreduce.reporting.chart import CHANCE, COLORS, FAINT, FRONT, GRID, INK, Chart, shade
 from tokenreduce.reporting.charts import CURRENCIES, Painter, category_difference
 from tokenreduce.reporting.columns import Column, costs, quality
-from tokenreduce.reporting.comparisons import Comparison, Skipped, find
+from tokenreduce.reporting.discovery import Comparison, Skipped, find
+from tokenreduce.reporting.drawing import CHANCE, COLORS, FAINT, FRONT, GRID, INK, Chart, shade
 from tokenreduce.reporting.files import CATEGORIES, FIGURES, MARKDOWN, PAGE, RESULTS, write_tables
 from tokenreduce.reporting.findings import bound, faster, findings
+from tokenreduce.reporting.formatting import percent, points, signed
 from tokenreduce.reporting.gallery import first_samples, gallery
 from tokenreduce.reporting.study import Row, Study, studies
-from tokenreduce.reporting.wording import percent, points, signed
 
 _SAMPLES = 6
 _ANSWER = 160

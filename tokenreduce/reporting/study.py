@@ -10,7 +10,7 @@ from typing import Any
 from tokenreduce.evaluation import statistics
 from tokenreduce.evaluation.comparison import RANDOM, REDUCER, UNREDUCED
 from tokenreduce.evaluation.statistics import Changes, Estimate
-from tokenreduce.reporting.comparisons import Comparison
+from tokenreduce.reporting.discovery import Comparison
 from tokenreduce.reporting.table import label
 
 DOWNSAMPLED = "downsample"

@@ -20,7 +20,7 @@ OVERHEAD = 3
 """A prefill that takes so many times what the roofline allows is mostly overhead."""
 
 
-def report(metrics: Metrics) -> RenderableType:
+def summary(metrics: Metrics) -> RenderableType:
     """Everything that a run prints at its end."""
     return Group(results(metrics), categories(metrics), *measures(metrics), costs(metrics), footnote(metrics))
 

@@ -14,7 +14,7 @@ from tokenreduce import create
 from tokenreduce.benchmarks.benchmark import Sample
 from tokenreduce.evaluation import Record, Silent, StorageError, evaluate, read_records
 from tokenreduce.evaluation.prompts import Prompts
-from tokenreduce.evaluation.run import Runner
+from tokenreduce.evaluation.runner import Runner
 
 Evaluate = Callable[..., list[Record]]
 

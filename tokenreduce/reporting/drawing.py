@@ -74,14 +74,14 @@ class Chart:
     def svg(self) -> str:
         """The figure on white as text of SVG, without an XML header."""
         text = io.StringIO()
-        with drawing(salt=self.name):
+        with styled(salt=self.name):
             self.figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
         content = text.getvalue()
         return content[content.index("<svg") :]
 
     def png(self, path: Path) -> None:
         """Write the figure as a picture on white."""
-        with drawing():
+        with styled():
             self.figure.savefig(path, dpi=200, metadata={"Software": None})
 
 
@@ -93,7 +93,7 @@ def shade(value: float, limit: float) -> tuple[str, str]:
 
 
 @contextmanager
-def drawing(salt: str = "") -> Iterator[None]:
+def styled(salt: str = "") -> Iterator[None]:
     """The style that figures are made and written in; ``salt`` decides the ids of what they share."""
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": salt}):
         yield

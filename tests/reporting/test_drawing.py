@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from tokenreduce.reporting.chart import apart, pareto
+from tokenreduce.reporting.drawing import apart, pareto
 
 
 def test_names_that_have_room_stay_and_others_share_what_is_missing() -> None:

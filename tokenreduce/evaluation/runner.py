@@ -35,7 +35,7 @@ from tokenreduce.evaluation.records import (
     read_records,
     storage,
 )
-from tokenreduce.evaluation.vision import VisionMemory
+from tokenreduce.evaluation.vision_memory import VisionMemory
 from tokenreduce.reducer import TokenReducer
 
 ReducerFor = Callable[[str], TokenReducer]

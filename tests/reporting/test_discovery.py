@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tokenreduce.reporting.comparisons import find
+from tokenreduce.reporting.discovery import find
 
 
 def names(places: list[Path | str]) -> list[str]:
