@@ -113,7 +113,17 @@ def test_check_holds_a_family_and_a_reducer_to_the_invariants_on_a_checkpoint(
     assert "passed   dropping equals masking, dropping half of the tokens" in family.out
 
 
-def test_check_says_which_model_a_family_needs(run: Run, checkpoint: Callable[[str], Path]) -> None:
+def test_check_holds_a_family_to_the_invariants_on_the_checkpoints_that_it_brings(run: Run) -> None:
+    checked = run("check", "paligemma")
+    assert checked.status == 0, checked.out
+    for name in ("paligemma", "paligemma2"):
+        assert f"passed   {name}: identity changes nothing, keeping everything at the projector" in checked.out
+
+
+def test_check_says_which_model_a_family_needs(
+    run: Run, checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MODELS.get("llava"), "recipes", dict)
     assert "give a checkpoint that it serves, --model DIRECTORY" in run("check", "llava").err
     other = run("check", "qwen2_5_vl", "--model", str(checkpoint("llava")))
     assert other.status == 2

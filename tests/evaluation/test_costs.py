@@ -16,10 +16,10 @@ from tokenreduce.budget import layer_counts
 from tokenreduce.evaluation.costs import layout, prefill_cost
 from tokenreduce.flops import decoder_flops, decoder_layer_flops, paper_flops
 from tokenreduce.models.family import family_of
-from tokenreduce.models.loading import load, supported_classes
+from tokenreduce.models.loading import load
 from tokenreduce.registry import MODELS
 from tokenreduce.testing import prompts, tiny_llava
-from tokenreduce.testing.checkpoints import RECIPES, ask, picture
+from tokenreduce.testing.checkpoints import ask, picture, recipes
 
 
 @pytest.mark.parametrize("key_heads", [4, 2])
@@ -36,9 +36,9 @@ def test_flops_agree_with_torchs_counter(name: str, key_heads: int) -> None:
     assert cost.vision_flops + cost.llm_flops == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
-@pytest.mark.parametrize("family", [name for name, recipe in RECIPES.items() if recipe.model in supported_classes()])
+@pytest.mark.parametrize("family", recipes())
 def test_on_every_family_flops_and_lengths_are_known_in_advance(family: str, checkpoint: Callable[[str], Path]) -> None:
-    model, processor = load(str(checkpoint(family)), attention=RECIPES[family].attention)
+    model, processor = load(str(checkpoint(family)), attention=recipes()[family].attention)
     inputs = ask(processor, [[picture(1, 60, 90)]])
     served = family_of(model, MODELS.usable())
     before = layout(served, inputs)

@@ -13,12 +13,12 @@ from transformers import PreTrainedModel
 
 from tokenreduce import available, create, reduce_tokens
 from tokenreduce.models.family import family_of
-from tokenreduce.models.loading import load, supported_classes
+from tokenreduce.models.loading import load
 from tokenreduce.reducer import AtDecoder, AtEncoder, AtEncoderOutput, AtProjector, Step, TokenReducer
 from tokenreduce.registry import MODELS
 from tokenreduce.signals import DecoderAttention, EncoderAttention, EncoderHidden, LookAheadAttention
 from tokenreduce.testing import INVARIANTS, Identity
-from tokenreduce.testing.checkpoints import RECIPES, ask, picture, video
+from tokenreduce.testing.checkpoints import ask, picture, recipes, video
 from tokenreduce.testing.invariants import (
     counts_are_exact,
     dropping_equals_masking,
@@ -33,11 +33,7 @@ ON_VIDEOS = ("divprune", "fastv", "fopru_rank", "no_image", "pool", "random", "s
 THOROUGH = ("fastv", "fopru_rank", "pool")
 """These are held to all invariants on every family, the others to those that reducer and family make up together."""
 COUPLED = (counts_are_exact, neighbours_do_not_matter, equals_the_literal_sequence, dropping_equals_masking)
-FAMILIES = [
-    pytest.param(name, marks=pytest.mark.xdist_group(name))
-    for name, recipe in RECIPES.items()
-    if recipe.model in supported_classes()
-]
+FAMILIES = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in recipes()]
 PLACES: list[tuple[type[Step], Step]] = [
     (AtEncoder, AtEncoder(layer=1, keep=1.0)),
     (AtEncoder, AtEncoder(layer=1, where="attention", keep=1.0)),
@@ -62,11 +58,11 @@ class Loaded:
     """
 
     def __init__(self, family: str, directory: Path) -> None:
-        self.model, processor = load(str(directory), attention=RECIPES[family].attention)
+        self.model, processor = load(str(directory), attention=recipes()[family].attention)
         tall, wide, square = picture(0, 60, 40), picture(1, 30, 90), picture(2, 50, 50)
         self.single = ask(processor, [[tall]])
         self.batches = [ask(processor, [[wide], [], [square, tall]])]
-        if RECIPES[family].frames:
+        if recipes()[family].frames:
             films = [video(0, 4, 40, 60), video(1, 4, 40, 60)]
             images = [[], [square] if family != "smolvlm" else [], []]  # it has one input for frames and pictures
             self.batches.append(ask(processor, images, [films[:1], films[1:], []]))

@@ -13,7 +13,7 @@ from PIL import Image
 from transformers.utils import is_torchvision_available
 
 from tokenreduce.models.processing import processor_of
-from tokenreduce.testing.checkpoints import RECIPES, ask, picture, video
+from tokenreduce.testing.checkpoints import ask, picture, recipes, video
 
 pytestmark = pytest.mark.skipif(is_torchvision_available(), reason="transformers' own video processors are used then")
 Checkpoint = Callable[[str], Path]
@@ -62,13 +62,13 @@ def test_what_cannot_be_prepared_is_refused(checkpoint: Checkpoint) -> None:
         processor(text=["<video>"], videos=[video(0, 2, 32, 32)], do_sample_frames=True)
 
 
-@pytest.mark.parametrize("family", [name for name, recipe in RECIPES.items() if recipe.frames])
+@pytest.mark.parametrize("family", [name for name, recipe in recipes().items() if recipe.frames])
 def test_settings_survive_saving(family: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
     processor = processor_of(checkpoint(family))
     processor.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_bytes((checkpoint(family) / "config.json").read_bytes())
     again = processor_of(tmp_path)
-    assert json.loads(again.video_processor.to_json_string()) == dict(RECIPES[family].frames)
+    assert json.loads(again.video_processor.to_json_string()) == dict(recipes()[family].frames)
     pictures = [[picture(0, 40, 60)], [picture(1, 60, 40)]]
     for name, value in ask(processor, pictures).items():
         torch.testing.assert_close(ask(again, pictures)[name], value, rtol=0, atol=0)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.vision_utils import get_vision_window_index
 
+from tokenreduce.models.llava import Llava
 from tokenreduce.models.processing import processor_of
-from tokenreduce.testing.checkpoints import RECIPES, ask, picture, video, write_checkpoint
+from tokenreduce.models.recipe import Recipe
+from tokenreduce.testing.checkpoints import ask, picture, recipes, video, write_checkpoint
 
 Checkpoint = Callable[[str], Path]
 
@@ -21,7 +24,7 @@ def _answers(model: Any, inputs: dict[str, torch.Tensor], tokens: int = 5) -> li
     return model.generate(**inputs, max_new_tokens=tokens, do_sample=False)[:, -tokens:].tolist()
 
 
-@pytest.mark.parametrize("family", RECIPES)
+@pytest.mark.parametrize("family", recipes())
 def test_answers_a_batch_of_one_two_and_no_pictures(family: str, checkpoint: Checkpoint) -> None:
     path = checkpoint(family)
     model, loading = AutoModelForImageTextToText.from_pretrained(path, output_loading_info=True)
@@ -37,7 +40,7 @@ def test_answers_a_batch_of_one_two_and_no_pictures(family: str, checkpoint: Che
     assert _answers(again, ask(processor_of(path), [[tall], [], [wide, square]])) == answers
 
 
-@pytest.mark.parametrize("family", [name for name, recipe in RECIPES.items() if recipe.frames])
+@pytest.mark.parametrize("family", [name for name, recipe in recipes().items() if recipe.frames])
 def test_answers_about_videos(family: str, checkpoint: Checkpoint) -> None:
     path = checkpoint(family)
     model, processor = AutoModelForImageTextToText.from_pretrained(path), processor_of(path)
@@ -62,10 +65,56 @@ def test_words_are_in_the_vocabulary(tmp_path: Path) -> None:
 
 
 def test_unknown_family_and_too_many_words(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"'flamingo'.*known: llava"):
+    with pytest.raises(ValueError, match=r"'flamingo'.*known: gemma3, idefics3"):
         write_checkpoint("flamingo", tmp_path)
     with pytest.raises(ValueError, match=r"do not fit the vocabulary of 192"):
         write_checkpoint("llava", tmp_path, words=[f"name{number}" for number in range(200)])
+
+
+def test_a_class_that_transformers_lacks_costs_its_family_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package: Any = type(transformers)
+    found = package.__getattr__
+
+    def renamed(module: Any, name: str) -> Any:
+        if name == "Gemma3Config":
+            raise AttributeError(f"module transformers has no attribute {name}")
+        return found(module, name)
+
+    monkeypatch.delitem(vars(transformers), "Gemma3Config", raising=False)
+    monkeypatch.setattr(package, "__getattr__", renamed)
+    with pytest.raises(AttributeError, match="Gemma3Config"):
+        write_checkpoint("gemma3", tmp_path)
+    assert write_checkpoint("llava", tmp_path) == tmp_path
+
+
+class Broken(Llava):
+    @classmethod
+    def recipes(cls) -> Mapping[str, Recipe]:
+        raise ImportError("cannot import name 'LlavaConfig'")
+
+
+class Derived(Llava):
+    """Serves a class of its own, for which it has no recipe."""
+
+    classes = ("DerivedForConditionalGeneration",)
+
+
+class Bringing(Llava):
+    """Serves a class of another package, with a recipe."""
+
+    @classmethod
+    def recipes(cls) -> Mapping[str, Recipe]:
+        return {"brought": super().recipes()["llava_siglip"]}
+
+
+def test_each_family_brings_its_own_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    others = {"broken": Broken, "derived": Derived, "bringing": Bringing}
+    with pytest.warns(UserWarning, match="'broken' cannot be made: ImportError: cannot import name 'LlavaConfig'"):
+        own = recipes(others)
+    assert list(own) == ["brought"]
+    assert write_checkpoint(own["brought"], tmp_path) == tmp_path
 
 
 def test_each_family_keeps_its_difficulty(checkpoint: Checkpoint) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -19,7 +21,7 @@ from tokenreduce.models.loading import load
 from tokenreduce.reducer import AtDecoder, AtEncoder, AtEncoderOutput, AtProjector, Step, TokenReducer
 from tokenreduce.registry import BENCHMARKS, MODELS, REDUCERS, Registry, create
 from tokenreduce.testing import BENCHMARK_INVARIANTS, INVARIANTS, Identity, InvariantError, prompts, tiny_llava
-from tokenreduce.testing.checkpoints import ask, picture
+from tokenreduce.testing.checkpoints import ask, picture, recipes, write_checkpoint
 
 PASSED, REFUSED, FAILED = "passed", "refused", "FAILED"
 
@@ -49,7 +51,8 @@ class Finding:
 
 
 def findings(registry: Registry[Any], name: str, settings: dict[str, Any], model: str | None) -> Iterator[Finding]:
-    """Check the plugin ``name`` with these settings, on a checkpoint or, without one, on small random models.
+    """Check the plugin ``name`` with these settings, on a checkpoint or, without one, on small random models: of a
+    family on those of its own recipes.
 
     Raises ``ValueError`` where there is nothing to check: a knob or checkpoint that cannot be used.
     """
@@ -58,7 +61,7 @@ def findings(registry: Registry[Any], name: str, settings: dict[str, Any], model
     elif registry is BENCHMARKS:
         yield from _benchmark(BENCHMARKS.create(name, **settings))
     elif model is None:
-        raise ValueError(f"{name!r} is a model family: give a checkpoint that it serves, --model DIRECTORY")
+        yield from _family_by_its_recipes(name)
     else:
         yield from _family(MODELS.get(name), model)
 
@@ -86,8 +89,23 @@ def _benchmark(benchmark: Benchmark) -> Iterator[Finding]:
         yield _finding(invariant.replace("_", " "), partial(check, benchmark, SAMPLES))
 
 
-def _family(family: type[ModelFamily], checkpoint: str) -> Iterator[Finding]:
-    model, batches = _loaded(checkpoint)
+def _family_by_its_recipes(name: str) -> Iterator[Finding]:
+    family = MODELS.get(name)
+    own = recipes({name: family})
+    if not own:
+        raise ValueError(
+            f"{name!r} is a model family without recipes of small checkpoints: give a checkpoint that it serves, "
+            "--model DIRECTORY"
+        )
+    with TemporaryDirectory() as folder:
+        for checkpoint, recipe in own.items():
+            directory = write_checkpoint(recipe, Path(folder) / checkpoint)
+            for finding in _family(family, str(directory), recipe.attention):
+                yield replace(finding, what=f"{checkpoint}: {finding.what}")
+
+
+def _family(family: type[ModelFamily], checkpoint: str, attention: str = "sdpa") -> Iterator[Finding]:
+    model, batches = _loaded(checkpoint, attention)
     if type(model).__name__ not in family.classes:
         served = ", ".join(family.classes)
         raise ValueError(
@@ -134,8 +152,8 @@ def _small_models() -> dict[str, Callable[[], Case]]:
     }
 
 
-def _loaded(checkpoint: str) -> Case:
-    model, processor = load(checkpoint)
+def _loaded(checkpoint: str, attention: str = "sdpa") -> Case:
+    model, processor = load(checkpoint, attention=attention)
     tall, wide, square = picture(0, 60, 40), picture(1, 30, 90), picture(2, 50, 50)
     return model, [ask(processor, [[tall]]), ask(processor, [[wide], [], [square, tall]])]
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from tokenreduce.models.recipe import Recipe
 from tokenreduce.reducer import Geometry, Grid, Step
 
 Inputs = Mapping[str, Any]
@@ -90,6 +91,12 @@ class ModelFamily(ABC):
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
+
+    @classmethod
+    def recipes(cls) -> Mapping[str, Recipe]:
+        """Small random-weight checkpoints of the family's classes by name, which the checks of families then take up;
+        none by default."""
+        return {}
 
     # What a model of the family is.
 

@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from tokenreduce.models.family import Inputs, Modality, ModelFamily, Picture, Tile
+from tokenreduce.models.recipe import Recipe, text_settings, vision_settings
 from tokenreduce.models.towers import clip_layers, pooled_patches, tower_flops
 from tokenreduce.reducer import AtDecoder, AtEncoder, AtEncoderOutput, AtInput, AtProjector, Geometry, Grid, Step
 
@@ -82,3 +84,40 @@ class Gemma3(ModelFamily):
         config = self.model.config
         projection = 2 * config.mm_tokens_per_image * config.vision_config.hidden_size * config.text_config.hidden_size
         return tower_flops(patches, config.vision_config) + projection
+
+    @classmethod
+    def recipes(cls) -> Mapping[str, Recipe]:
+        named = {
+            "boi_token": "<start_of_image>",
+            "eoi_token": "<end_of_image>",
+            "image_token": "<image_soft_token>",
+        }
+        text = text_settings(
+            head_dim=16,
+            query_pre_attn_scalar=16,
+            num_hidden_layers=6,
+            sliding_window=20,  # more than a picture's tokens, less than a prompt
+            layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        )
+        return {
+            "gemma3": Recipe(
+                model="Gemma3ForConditionalGeneration",
+                processor="Gemma3Processor",
+                config=lambda ids: transformers.Gemma3Config(
+                    vision_config=transformers.SiglipVisionConfig(
+                        **vision_settings(image_size=64), vision_use_head=False
+                    ),
+                    text_config=text,
+                    mm_tokens_per_image=16,
+                    boi_token_index=ids["<start_of_image>"],
+                    eoi_token_index=ids["<end_of_image>"],
+                    image_token_index=ids["<image_soft_token>"],
+                    tie_word_embeddings=False,
+                ),
+                image_processor=lambda: transformers.Gemma3ImageProcessorPil(size={"height": 64, "width": 64}),
+                image="<start_of_image>",
+                tokens=tuple(named.values()),
+                named=named,
+                settings={"image_seq_length": 16},
+            )
+        }

@@ -5,12 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
+import transformers
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from tokenreduce.models.family import Inputs, Modality, ModelFamily, Picture, Tile
+from tokenreduce.models.recipe import SQUARE_FRAMES, Ids, Recipe, text_settings, vision_settings
 from tokenreduce.models.towers import tower_flops
 from tokenreduce.reducer import AtDecoder, AtEncoder, AtEncoderOutput, AtInput, AtProjector, Geometry, Grid, Step
 
@@ -92,6 +95,47 @@ class Idefics3(ModelFamily):
         return (
             tower_flops(patches, config.vision_config) + 2 * tokens * projection.in_features * projection.out_features
         )
+
+    @classmethod
+    def recipes(cls) -> Mapping[str, Recipe]:
+        def config(kind: type[PreTrainedConfig], ids: Ids) -> PreTrainedConfig:
+            return kind(
+                vision_config=vision_settings(),
+                text_config=transformers.LlamaConfig(**text_settings()),
+                image_token_id=ids["<image>"],
+                pad_token_id=ids["<pad>"],
+                scale_factor=2,
+                tie_word_embeddings=False,
+            )
+
+        pictures: dict[str, Any] = {"size": {"longest_edge": 64}, "max_image_size": {"longest_edge": 32}}
+        tokens = (
+            "<image>",
+            "<fake_token_around_image>",
+            "<global-img>",
+            "<end_of_utterance>",
+            *(f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)),  # such pictures have no more tiles
+        )
+        return {
+            "idefics3": Recipe(
+                model="Idefics3ForConditionalGeneration",
+                processor="Idefics3Processor",
+                config=lambda ids: config(transformers.Idefics3Config, ids),
+                image_processor=lambda: transformers.Idefics3ImageProcessorPil(**pictures),
+                tokens=tokens,
+                settings={"image_seq_len": 4},
+            ),
+            "smolvlm": Recipe(
+                model="SmolVLMForConditionalGeneration",
+                processor="SmolVLMProcessor",
+                config=lambda ids: config(transformers.SmolVLMConfig, ids),
+                image_processor=lambda: transformers.SmolVLMImageProcessorPil(**pictures),
+                video="<video>",
+                tokens=(*tokens, "<video>"),
+                settings={"image_seq_len": 4},
+                frames={**SQUARE_FRAMES, **pictures},
+            ),
+        }
 
 
 def _real(pixels: Tensor) -> Tensor:

@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from tokenreduce.flops import encoder_layer_flops
 from tokenreduce.models.family import Inputs, Modality, ModelFamily, Picture, Tile
+from tokenreduce.models.recipe import SIZE, SQUARE_FRAMES, Recipe, text_settings, vision_settings
 from tokenreduce.reducer import AtDecoder, AtEncoder, AtEncoderOutput, AtInput, AtProjector, Geometry, Grid, Step
 
 
@@ -81,6 +83,36 @@ class InternVL(ModelFamily):
         tokens = patches * self.model.config.downsample_ratio**2
         linear = (projector.linear_1, projector.linear_2)
         return embedding + tower + sum(2 * tokens * layer.in_features * layer.out_features for layer in linear)
+
+    @classmethod
+    def recipes(cls) -> Mapping[str, Recipe]:
+        return {
+            "internvl": Recipe(
+                model="InternVLForConditionalGeneration",
+                processor="InternVLProcessor",
+                config=lambda ids: transformers.InternVLConfig(
+                    vision_config=vision_settings(image_size=[32, 32], patch_size=[8, 8], layer_scale_init_value=1.0),
+                    text_config=transformers.Qwen2Config(**text_settings()),
+                    image_token_id=ids["<IMG_CONTEXT>"],
+                    image_seq_length=4,
+                    tie_word_embeddings=False,
+                ),
+                image_processor=lambda: transformers.GotOcr2ImageProcessorPil(
+                    size=SIZE, crop_to_patches=True, max_patches=4
+                ),
+                image="<IMG_CONTEXT>",
+                video="<video>",
+                tokens=("<img>", "</img>", "<IMG_CONTEXT>", "<video>"),
+                named={
+                    "start_image_token": "<img>",
+                    "end_image_token": "</img>",
+                    "context_image_token": "<IMG_CONTEXT>",
+                    "video_token": "<video>",
+                },
+                settings={"image_seq_length": 4},
+                frames=SQUARE_FRAMES,
+            )
+        }
 
 
 def _runs(input_ids: Tensor, placeholder: int) -> list[int]:

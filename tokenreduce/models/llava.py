@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from tokenreduce.models.family import Inputs, Modality, ModelFamily, Picture
+from tokenreduce.models.recipe import CLASS_TOKEN, CLIP_PICTURES, SIZE, Ids, Recipe, text_settings, vision_settings
 from tokenreduce.models.towers import clip_layers, tower_flops
 from tokenreduce.reducer import AtDecoder, AtEncoder, AtEncoderOutput, AtInput, AtProjector, Geometry, Grid, Step
 
@@ -80,3 +82,31 @@ class Llava(ModelFamily):
         width = config.text_config.hidden_size
         tower = tower_flops(patches, config.vision_config, int(self.geometry.class_token))
         return tower + 2 * patches * width * (features + width)
+
+    @classmethod
+    def recipes(cls) -> Mapping[str, Recipe]:
+        def config(tower: type[PreTrainedConfig], strategy: str, ids: Ids) -> PreTrainedConfig:
+            return transformers.LlavaConfig(
+                vision_config=tower(**vision_settings()),
+                text_config=transformers.LlamaConfig(**text_settings()),
+                image_token_index=ids["<image>"],
+                image_seq_length=16,
+                vision_feature_select_strategy=strategy,
+            )
+
+        return {
+            "llava": Recipe(
+                model="LlavaForConditionalGeneration",
+                processor="LlavaProcessor",
+                config=lambda ids: config(transformers.CLIPVisionConfig, "default", ids),
+                image_processor=lambda: transformers.CLIPImageProcessorPil(**CLIP_PICTURES),
+                settings=CLASS_TOKEN,
+            ),
+            "llava_siglip": Recipe(
+                model="LlavaForConditionalGeneration",
+                processor="LlavaProcessor",
+                config=lambda ids: config(transformers.SiglipVisionConfig, "full", ids),
+                image_processor=lambda: transformers.SiglipImageProcessorPil(size=SIZE),
+                settings={"patch_size": 8, "vision_feature_select_strategy": "full", "num_additional_image_tokens": 0},
+            ),
+        }

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
+import transformers
 from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from tokenreduce.models.family import Inputs, Modality, Picture, Tile
 from tokenreduce.models.llava import Llava
+from tokenreduce.models.recipe import CLASS_TOKEN, CLIP_PICTURES, PINPOINTS, Recipe, text_settings, vision_settings
 from tokenreduce.reducer import AtDecoder, AtEncoder, AtEncoderOutput, AtInput, AtProjector, Grid, Step
 
 
@@ -66,6 +68,26 @@ class LlavaNext(Llava):
     @property
     def vision_inputs(self) -> tuple[str, ...]:
         return ("pixel_values", "image_sizes")
+
+    @classmethod
+    def recipes(cls) -> Mapping[str, Recipe]:
+        return {
+            "llava_next": Recipe(
+                model="LlavaNextForConditionalGeneration",
+                processor="LlavaNextProcessor",
+                config=lambda ids: transformers.LlavaNextConfig(
+                    vision_config=transformers.CLIPVisionConfig(**vision_settings()),
+                    text_config=transformers.LlamaConfig(**text_settings()),
+                    image_token_index=ids["<image>"],
+                    image_grid_pinpoints=PINPOINTS,
+                    image_seq_length=16,
+                ),
+                image_processor=lambda: transformers.LlavaNextImageProcessorPil(
+                    **CLIP_PICTURES, image_grid_pinpoints=PINPOINTS
+                ),
+                settings=CLASS_TOKEN,
+            )
+        }
 
 
 def tiled(packed: Tensor, side: int, count: int, first: int, pixels: Tensor) -> Picture:

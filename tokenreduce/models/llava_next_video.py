@@ -6,10 +6,20 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
+import transformers
 from torch import Tensor
 
 from tokenreduce.models.family import Inputs, Modality, Picture, Tile
 from tokenreduce.models.llava_next import LlavaNext
+from tokenreduce.models.recipe import (
+    CLASS_TOKEN,
+    CLIP_FRAMES,
+    CLIP_PICTURES,
+    PINPOINTS,
+    Recipe,
+    text_settings,
+    vision_settings,
+)
 from tokenreduce.models.towers import pooled_patches
 from tokenreduce.reducer import AtDecoder, AtEncoder, AtEncoderOutput, AtInput, AtProjector, Grid, Step
 
@@ -62,3 +72,28 @@ class LlavaNextVideo(LlavaNext):
 
     def contained(self, features: list[Tensor], modality: Modality) -> Any:
         return [torch.cat(list(features))[None]] if modality == "video" else features  # a video's entry is 3-D
+
+    @classmethod
+    def recipes(cls) -> Mapping[str, Recipe]:
+        return {
+            "llava_next_video": Recipe(
+                model="LlavaNextVideoForConditionalGeneration",
+                processor="LlavaNextVideoProcessor",
+                config=lambda ids: transformers.LlavaNextVideoConfig(
+                    vision_config=transformers.CLIPVisionConfig(**vision_settings()),
+                    text_config=transformers.LlamaConfig(**text_settings()),
+                    image_token_index=ids["<image>"],
+                    video_token_index=ids["<video>"],
+                    image_grid_pinpoints=PINPOINTS,
+                    image_seq_length=16,
+                    video_seq_length=4,
+                ),
+                image_processor=lambda: transformers.LlavaNextImageProcessorPil(
+                    **CLIP_PICTURES, image_grid_pinpoints=PINPOINTS
+                ),
+                video="<video>",
+                tokens=("<image>", "<video>"),
+                settings=CLASS_TOKEN,
+                frames=CLIP_FRAMES,
+            )
+        }

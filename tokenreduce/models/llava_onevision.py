@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
+import transformers
 from torch import Tensor
 from transformers.models.llava_onevision.modeling_llava_onevision import get_anyres_image_grid_shape
 
 from tokenreduce.models.family import Inputs, Modality, Picture, Tile
 from tokenreduce.models.llava_next import LlavaNext
+from tokenreduce.models.recipe import PINPOINTS, SIZE, SQUARE_FRAMES, Recipe, text_settings, vision_settings
 from tokenreduce.reducer import AtDecoder, AtEncoder, AtEncoderOutput, AtInput, AtProjector, Grid, Step
 
 
@@ -104,6 +106,35 @@ class LlavaOnevision(LlavaNext):
 
     def contained(self, features: list[Tensor], modality: Modality) -> Any:
         return torch.cat(list(features))[None] if modality == "video" else features
+
+    @classmethod
+    def recipes(cls) -> Mapping[str, Recipe]:
+        shrunk = "anyres_max_2"  # four tiles are interpolated down to two tiles' worth of tokens
+        return {
+            "llava_onevision": Recipe(
+                model="LlavaOnevisionForConditionalGeneration",
+                processor="LlavaOnevisionProcessor",
+                config=lambda ids: transformers.LlavaOnevisionConfig(
+                    vision_config=transformers.SiglipVisionConfig(**vision_settings(), vision_use_head=False),
+                    text_config=transformers.Qwen2Config(**text_settings()),
+                    image_token_index=ids["<image>"],
+                    video_token_index=ids["<video>"],
+                    image_grid_pinpoints=PINPOINTS,
+                    vision_aspect_ratio=shrunk,
+                ),
+                image_processor=lambda: transformers.LlavaOnevisionImageProcessorPil(
+                    size=SIZE, image_grid_pinpoints=PINPOINTS
+                ),
+                video="<video>",
+                tokens=("<image>", "<video>"),
+                settings={
+                    "num_image_tokens": 16,
+                    "vision_feature_select_strategy": "full",
+                    "vision_aspect_ratio": shrunk,
+                },
+                frames=SQUARE_FRAMES,
+            )
+        }
 
 
 def _places(height: int, width: int) -> Tensor:

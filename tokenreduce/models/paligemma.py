@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from tokenreduce.models.family import Inputs, Modality, ModelFamily
 from tokenreduce.models.llava import Llava
+from tokenreduce.models.recipe import SIZE, Recipe, text_settings, vision_settings
 from tokenreduce.models.towers import tower_flops
 from tokenreduce.reducer import Geometry
 
@@ -46,3 +49,34 @@ class PaliGemma(Llava):
     def vision_flops(self, patches: int) -> float:
         vision = self.model.config.vision_config
         return tower_flops(patches, vision) + 2 * patches * vision.hidden_size * vision.projection_dim
+
+    @classmethod
+    def recipes(cls) -> Mapping[str, Recipe]:
+        def recipe(attention: str, **text: Any) -> Recipe:
+            return Recipe(
+                model="PaliGemmaForConditionalGeneration",
+                processor="PaliGemmaProcessor",
+                config=lambda ids: transformers.PaliGemmaConfig(
+                    vision_config=transformers.SiglipVisionConfig(
+                        **vision_settings(), vision_use_head=False, projection_dim=64
+                    ),
+                    text_config=text_settings(head_dim=16, **text),
+                    image_token_index=ids["<image>"],
+                    projection_dim=64,
+                    hidden_size=64,
+                    tie_word_embeddings=False,
+                ),
+                image_processor=lambda: transformers.SiglipImageProcessorPil(size=SIZE, image_seq_length=16),
+                chat=False,
+                attention=attention,
+            )
+
+        return {
+            "paligemma": recipe("sdpa", model_type="gemma"),
+            "paligemma2": recipe(
+                "eager",
+                model_type="gemma2",
+                query_pre_attn_scalar=16,
+                sliding_window=64,  # wider than its prompts
+            ),
+        }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers.vision_utils import get_vision_window_index
 
 from tokenreduce.models.family import Inputs, Modality
-from tokenreduce.models.qwen2_vl import Qwen2VL, merger_flops, patch_flops
+from tokenreduce.models.qwen2_vl import Qwen2VL, merger_flops, packed_recipe, patch_flops
+from tokenreduce.models.recipe import Recipe
 
 
 class Qwen2_5VL(Qwen2VL):
@@ -58,3 +59,17 @@ class Qwen2_5VL(Qwen2VL):
             + attention
             + merger_flops(patches, vision, merged, vision.out_hidden_size)
         )
+
+    @classmethod
+    def recipes(cls) -> Mapping[str, Recipe]:
+        vision = {
+            "depth": 4,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 4,
+            "patch_size": 8,
+            "out_hidden_size": 64,
+            "window_size": 32,  # 2 x 2 tokens: any larger picture has several windows, and its patches are permuted
+            "fullatt_block_indexes": [1, 3],
+        }
+        return {"qwen2_5_vl": packed_recipe("Qwen2_5_VL", vision)}

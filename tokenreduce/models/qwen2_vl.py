@@ -6,9 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+import transformers
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from tokenreduce.models.family import Inputs, Modality, ModelFamily, Picture, Tile
+from tokenreduce.models.recipe import Ids, Recipe, text_settings
 from tokenreduce.reducer import AtDecoder, AtEncoder, AtEncoderOutput, AtInput, AtProjector, Geometry, Grid, Step
 
 _NAMES: Mapping[Modality, tuple[str, str]] = {
@@ -110,6 +113,47 @@ class Qwen2VL(ModelFamily):
             + vision.depth * layer
             + merger_flops(patches, vision, merged, text.hidden_size)
         )
+
+    @classmethod
+    def recipes(cls) -> Mapping[str, Recipe]:
+        vision = {
+            "depth": 4,
+            "embed_dim": 32,
+            "hidden_size": 64,
+            "mlp_ratio": 2,
+            "num_heads": 4,
+            "patch_size": 8,
+        }
+        return {"qwen2_vl": packed_recipe("Qwen2VL", vision)}
+
+
+def packed_recipe(name: str, vision: Mapping[str, Any], text: Mapping[str, Any] | None = None, **rope: Any) -> Recipe:
+    """The recipe of a checkpoint whose classes' names begin with ``name``."""
+    tokens = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+    size = {"shortest_edge": 4 * 256, "longest_edge": 20 * 256}  # 4 to 20 tokens of 16 x 16 pixels
+    positions = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3], **rope}
+
+    def make(ids: Ids) -> PreTrainedConfig:
+        return getattr(transformers, f"{name}Config")(
+            vision_config=dict(vision),
+            text_config=text_settings(rope_parameters=dict(positions), **text or {}),
+            image_token_id=ids["<|image_pad|>"],
+            video_token_id=ids["<|video_pad|>"],
+            vision_start_token_id=ids["<|vision_start|>"],
+            vision_end_token_id=ids["<|vision_end|>"],
+            tie_word_embeddings=False,
+        )
+
+    return Recipe(
+        model=f"{name}ForConditionalGeneration",
+        processor=f"{name}Processor",
+        config=make,
+        image_processor=lambda: transformers.Qwen2VLImageProcessorPil(patch_size=8, size=dict(size)),
+        image="<|vision_start|><|image_pad|><|vision_end|>",
+        video="<|vision_start|><|video_pad|><|vision_end|>",
+        tokens=tokens,
+        frames={"size": size, "patch_size": 8, "temporal_patch_size": 2, "merge_size": 2},
+    )
 
 
 def patch_flops(patches: int, vision: Any, width: int) -> float:

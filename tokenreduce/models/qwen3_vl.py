@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -10,7 +10,8 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDe
 
 from tokenreduce.flops import encoder_layer_flops
 from tokenreduce.models.family import Inputs, Modality
-from tokenreduce.models.qwen2_vl import Qwen2VL, merger_flops, patch_flops
+from tokenreduce.models.qwen2_vl import Qwen2VL, merger_flops, packed_recipe, patch_flops
+from tokenreduce.models.recipe import Recipe
 
 
 class Qwen3VL(Qwen2VL):
@@ -35,3 +36,17 @@ class Qwen3VL(Qwen2VL):
             + vision.depth * encoder_layer_flops(patches, vision)
             + mergers * merger_flops(patches, vision, merged, vision.out_hidden_size)
         )
+
+    @classmethod
+    def recipes(cls) -> Mapping[str, Recipe]:
+        vision = {
+            "depth": 4,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 4,
+            "patch_size": 8,
+            "out_hidden_size": 64,
+            "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [0, 2],
+        }
+        return {"qwen3_vl": packed_recipe("Qwen3VL", vision, {"head_dim": 16}, mrope_interleaved=True)}

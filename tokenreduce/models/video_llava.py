@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from tokenreduce.models.family import Inputs, Modality, Picture, Tile
 from tokenreduce.models.llava import Llava
+from tokenreduce.models.recipe import CLASS_TOKEN, CLIP_FRAMES, CLIP_PICTURES, Recipe, text_settings, vision_settings
 from tokenreduce.models.towers import clip_layers
 from tokenreduce.reducer import AtDecoder, AtEncoder, AtEncoderOutput, AtInput, AtProjector, Grid, Step
 
@@ -63,6 +65,28 @@ class VideoLlava(Llava):
 
     def contained(self, features: list[Tensor], modality: Modality) -> Any:
         return torch.cat(list(features))[None]
+
+    @classmethod
+    def recipes(cls) -> Mapping[str, Recipe]:
+        return {
+            "video_llava": Recipe(
+                model="VideoLlavaForConditionalGeneration",
+                processor="VideoLlavaProcessor",
+                config=lambda ids: transformers.VideoLlavaConfig(
+                    vision_config=transformers.CLIPVisionConfig(**vision_settings()),
+                    text_config=transformers.LlamaConfig(**text_settings()),
+                    image_token_index=ids["<image>"],
+                    video_token_index=ids["<video>"],
+                    image_seq_length=16,
+                    video_seq_length=17 * 4,
+                ),
+                image_processor=lambda: transformers.VideoLlavaImageProcessor(**CLIP_PICTURES),
+                video="<video>",
+                tokens=("<image>", "<video>"),
+                settings=CLASS_TOKEN,
+                frames=CLIP_FRAMES,
+            )
+        }
 
 
 def _pixels(inputs: Inputs, modality: Modality) -> Tensor:
