@@ -13,20 +13,20 @@ from typing import Any
 
 import pytest
 
+from tokenreduce.attach import ImageReduction, StepReduction
 from tokenreduce.evaluation.records import (
     RECORDS,
-    ImageRecord,
     Record,
     RecordFile,
-    StepRecord,
     StorageError,
     read_records,
     write_atomically,
 )
+from tokenreduce.reducer import Grid
 
 
 def record(number: int) -> Record:
-    step = StepRecord("projector", (0, 3), (0, -1, -1, 1), merged=bool(number % 2))
+    step = StepReduction("projector", (0, 3), (0, -1, -1, 1), merged=bool(number % 2))
     return Record(
         id=f"sample-{number}",
         image_id=f"image-{number // 2}",
@@ -38,7 +38,7 @@ def record(number: int) -> Record:
         visual_tokens=4,
         entering=2,
         lengths=(9, 9),
-        images=(ImageRecord((1, 2, 2), (step,)), ImageRecord((2, 1, 1))),
+        images=(ImageReduction(Grid(2, 2), (step,), 5), ImageReduction(Grid(1, 2), role="frame", picture=1, time=0.5)),
         layer_mean=2.0,
         vision_flops=1e9,
         llm_flops=2e9,
@@ -48,6 +48,11 @@ def record(number: int) -> Record:
 
 
 RECORDED = [record(number) for number in range(6)]
+
+
+def altered(**fields: Any) -> str:
+    """The line of a record with other values in some fields."""
+    return json.dumps(json.loads(record(0).line()) | fields)
 
 
 def write(folder: Path, records: list[Record]) -> Path:
@@ -88,6 +93,16 @@ def test_an_empty_folder_has_no_records(tmp_path: Path) -> None:
     assert read_records(tmp_path) == []
 
 
+def test_an_older_schema_is_refused_with_the_way_to_a_new_one(tmp_path: Path) -> None:
+    step = {"site": "projector", "index": [0], "source": [0, -1], "merged": False}
+    older = {"schema": 1, "id": "a", "images": [{"grid": [1, 1, 2], "steps": [step], "part": False}]}
+    (tmp_path / RECORDS).write_text(json.dumps(older) + "\n", encoding="utf-8")
+    with pytest.raises(
+        StorageError, match=r"records.jsonl, line 1: schema 1 of an older .* reads schema 2: run the same command again"
+    ):
+        read_records(tmp_path)
+
+
 def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path, RECORDED[:2])
     newer = json.loads(RECORDED[2].line()) | {"schema": 99, "mood": "good"}
@@ -96,11 +111,24 @@ def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
         read_records(tmp_path)
 
 
-@pytest.mark.parametrize("line", ["[]", "{}", '{"schema": 1}', "not json", '{"schema": 1, "id": 3, "images": 4}'])
-def test_a_line_that_is_no_record_is_named(tmp_path: Path, line: str) -> None:
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("not json", "Expecting value"),
+        ("[]", "its schema is missing"),
+        ("{}", "its schema is missing"),
+        ('{"schema": 2}', "category is missing"),
+        (altered(id=3), "id is 3 and no str"),
+        (altered(mood="good"), "mood is unknown"),
+        (altered(lengths=[9, "9"]), r"lengths\[1\] is '9' and no int"),
+        (altered(images=[{"grid": {"height": 2}}]), r"images\[0\].grid.width is missing"),
+        (altered(images=[{"grid": {"height": 2, "width": 2}, "role": "hole"}]), r"images\[0\].role is 'hole' and no"),
+    ],
+)
+def test_a_line_that_is_no_record_is_named(tmp_path: Path, line: str, reason: str) -> None:
     path = write(tmp_path, RECORDED[:1])
     path.write_text(path.read_text(encoding="utf-8") + line + "\n" + RECORDED[1].line(), encoding="utf-8")
-    with pytest.raises(StorageError, match=r"records.jsonl, line 2"):
+    with pytest.raises(StorageError, match=rf"records.jsonl, line 2: {reason}.*; delete it to start again"):
         read_records(tmp_path)
 
 

@@ -15,6 +15,7 @@ from tokenreduce.benchmarks.benchmark import Sample
 from tokenreduce.evaluation import Record, Silent, StorageError, evaluate, read_records
 from tokenreduce.evaluation.prompts import Prompts
 from tokenreduce.evaluation.runner import Runner
+from tokenreduce.reducer import Grid
 
 Evaluate = Callable[..., list[Record]]
 
@@ -68,7 +69,7 @@ def test_every_sample_has_a_record_with_all_that_a_report_needs(run: Evaluate, t
         assert len(set(record.lengths)) == 1 and len(record.lengths) == 4
         (image,) = record.images
         (step,) = image.steps
-        assert image.grid == (1, 6, 6) and step.site == "projector" and len(step.index) == 9
+        assert image.grid == Grid(6, 6) and step.site == "projector" and len(step.index) == 9
         assert [step.source[token] for token in step.index] == list(range(9)) and step.source.count(-1) == 27
         assert record.llm_flops and record.vision_flops and record.kv_bytes and record.seconds
 

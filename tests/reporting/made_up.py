@@ -7,14 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tokenreduce.attach import ImageReduction, StepReduction
 from tokenreduce.benchmarks.scenes import Scenes
-from tokenreduce.evaluation.records import ImageRecord, Record, StepRecord
+from tokenreduce.evaluation.records import Record
+from tokenreduce.reducer import Grid
 
 SIDE = 12
 TOKENS = SIDE * SIDE
 
 
-def record(benchmark: Scenes, index: int, steps: tuple[StepRecord, ...], *, right: bool) -> Record:
+def record(benchmark: Scenes, index: int, steps: tuple[StepReduction, ...], *, right: bool) -> Record:
     sample = benchmark[index]
     entering = len(steps[-1].index) if steps else TOKENS
     return Record(
@@ -27,18 +29,18 @@ def record(benchmark: Scenes, index: int, steps: tuple[StepRecord, ...], *, righ
         score=float(right),
         visual_tokens=TOKENS,
         entering=entering,
-        images=(ImageRecord((1, SIDE, SIDE), steps),),
+        images=(ImageReduction(Grid(SIDE, SIDE), steps),),
     )
 
 
-def dropping(kept: range) -> tuple[StepRecord, ...]:
+def dropping(kept: range) -> tuple[StepReduction, ...]:
     source = tuple(kept.index(token) if token in kept else -1 for token in range(TOKENS))
-    return (StepRecord("projector", tuple(kept), source),)
+    return (StepReduction("projector", tuple(kept), source),)
 
 
-def pooling() -> tuple[StepRecord, ...]:
+def pooling() -> tuple[StepReduction, ...]:
     source = tuple(token // SIDE // 2 * (SIDE // 2) + token % SIDE // 2 for token in range(TOKENS))
-    return (StepRecord("projector", tuple(range(36)), source),)
+    return (StepReduction("projector", tuple(range(36)), source),)
 
 
 def estimate(value: float, half: float | None = 0.02) -> dict[str, float | None]:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tokenreduce.attach import ImageReduction
 from tokenreduce.benchmarks.scenes import Scenes
-from tokenreduce.evaluation.records import ImageRecord
+from tokenreduce.reducer import Grid
 from tokenreduce.reporting.discovery import find
 from tokenreduce.reporting.gallery import first_samples, gallery
 from tokenreduce.reporting.pictures import drawable
@@ -68,5 +69,5 @@ def test_a_benchmark_that_is_not_here_costs_its_pictures_alone(sweep: Path, tmp_
 
 
 def test_tokens_that_have_no_place_in_the_grid_are_not_drawn() -> None:
-    assert drawable(ImageRecord((1, SIDE, SIDE), dropping(range(4))))
-    assert not drawable(ImageRecord((1, SIDE, SIDE + 1), dropping(range(4))))
+    assert drawable(ImageReduction(Grid(SIDE, SIDE), dropping(range(4))))
+    assert not drawable(ImageReduction(Grid(SIDE, SIDE + 1), dropping(range(4))))

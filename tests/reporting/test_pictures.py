@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tokenreduce.attach import ImageReduction, StepReduction
 from tokenreduce.benchmarks.scenes import Scenes
-from tokenreduce.evaluation.records import ImageRecord, Record, StepRecord
+from tokenreduce.evaluation.records import Record
+from tokenreduce.reducer import Grid
 from tokenreduce.reporting.pictures import draw_kept_tokens, faded, kept_and_groups
 
 from .made_up import SIDE, dropping, pooling, record
@@ -23,7 +25,7 @@ def cell(pixels: np.ndarray, row: int, column: int) -> np.ndarray:
 
 def test_kept_tokens_look_as_they_were_and_dropped_ones_are_faded() -> None:
     image = Image.new("RGB", (96, 96), (200, 30, 30))
-    pixels = faded(image, ImageRecord((1, SIDE, SIDE), dropping(range(12, 24))))
+    pixels = faded(image, ImageReduction(Grid(SIDE, SIDE), dropping(range(12, 24))))
     assert np.allclose(cell(pixels, 1, 5), np.array([200, 30, 30]) / 255, atol=0.01)
     for row in (0, 2, 11):
         dropped = cell(pixels, row, 5)
@@ -32,7 +34,7 @@ def test_kept_tokens_look_as_they_were_and_dropped_ones_are_faded() -> None:
 
 
 def test_merged_tokens_share_their_groups_colour() -> None:
-    layout = ImageRecord((1, SIDE, SIDE), pooling())
+    layout = ImageReduction(Grid(SIDE, SIDE), pooling())
     kept, groups = kept_and_groups(layout)
     assert kept.all()
     assert groups is not None
@@ -43,15 +45,15 @@ def test_merged_tokens_share_their_groups_colour() -> None:
 
 
 def test_plain_dropping_has_no_groups_and_no_steps_keep_all() -> None:
-    assert kept_and_groups(ImageRecord((1, SIDE, SIDE), dropping(range(5))))[1] is None
-    kept, groups = kept_and_groups(ImageRecord((1, SIDE, SIDE)))
+    assert kept_and_groups(ImageReduction(Grid(SIDE, SIDE), dropping(range(5))))[1] is None
+    kept, groups = kept_and_groups(ImageReduction(Grid(SIDE, SIDE)))
     assert kept.all()
     assert groups is None
 
 
 @pytest.mark.parametrize("kind", ["dropping", "pooling", "no_image", "unreduced"])
 def test_a_picture_is_drawn_of_any_reducer(kind: str, scenes: Scenes, unreduced: list[Record], tmp_path: Path) -> None:
-    nothing = (StepRecord("input", (), (-1,) * SIDE * SIDE),)
+    nothing = (StepReduction("input", (), (-1,) * SIDE * SIDE),)
     steps = {"dropping": dropping(range(36)), "pooling": pooling(), "no_image": nothing, "unreduced": ()}[kind]
     records = [record(scenes, index, steps, right=False) for index in range(len(scenes))]
     path = tmp_path / "figures" / "kept.png"
@@ -81,7 +83,7 @@ def test_samples_without_an_answer_are_not_drawn(scenes: Scenes, reduced: list[R
 
 def test_of_an_image_in_tiles_the_one_that_shows_all_of_it_is_drawn(reduced: list[Record]) -> None:
     whole = reduced[0].images[0]
-    tiled = replace(reduced[0], images=(replace(whole, part=True), whole, replace(whole, part=True)))
+    tiled = replace(reduced[0], images=(replace(whole, role="crop"), whole, replace(whole, role="crop")))
     assert tiled.overview is whole
     assert replace(tiled, images=tiled.images[:1]).overview is None
     assert Record.from_line(tiled.line()) == tiled

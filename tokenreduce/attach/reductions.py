@@ -1,42 +1,59 @@
-"""What was done to the visual tokens of a call, as it is told to whoever asks afterwards."""
+"""What was done to the visual tokens of a call: what an attachment, and a record, tell about it afterwards."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from torch import Tensor
 
 from tokenreduce.attach.decoder import Prefill
 from tokenreduce.reducer import Grid
 
+Role = Literal["whole", "thumbnail", "crop", "frame"]
+"""What a tile shows: a picture in the only view of it, all of one that is shown in crops as well, one of these crops,
+or a frame of a video."""
+
 
 @dataclass(frozen=True)
 class StepReduction:
-    """What one step did to one image.
+    """What one step did to one tile.
 
-    index:  the tokens that stay, in the image's own numbering; -1 for a row that stands for none (a class token).
-    source: for each of the image's tokens the row it went into, -1 for a dropped one.
-    merged: whether rows are other than the tokens at ``index``.
+    index:  the tokens that stay, in the tile's own numbering; -1 for a row that stands for none (a class token).
+    source: for each of the tile's tokens the row it went into, -1 for a dropped one.
+    merged: True if rows are other than the tokens at ``index``.
+    into:   for each of the tile's tokens the tile whose row it went into, counted over the sample's images; empty where
+            every token's row is in its own tile.
     """
 
     site: str
     index: tuple[int, ...]
     source: tuple[int, ...]
-    merged: bool
+    merged: bool = False
+    into: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class ImageReduction:
     """What a reducer did to one tile: an image, a tile of one where the model cuts images up, or a frame.
 
-    encoded: how many patches the vision encoder saw in its place; part: whether it shows a part of its picture alone.
+    encoded: how many patches the vision encoder saw in its place.
+    picture: the place of its picture, or video, among the prompt's.
+    time:    of a frame, in seconds from the video's start, where it is known.
     """
 
     grid: Grid
-    steps: tuple[StepReduction, ...]
-    encoded: int
-    part: bool = False
+    steps: tuple[StepReduction, ...] = ()
+    encoded: int = 0
+    role: Role = "whole"
+    picture: int = 0
+    time: float | None = None
+
+    @property
+    def part(self) -> bool:
+        """True if it shows a part of its picture alone."""
+        return self.role == "crop"
 
     @property
     def kept(self) -> Sequence[int]:

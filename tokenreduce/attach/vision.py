@@ -70,7 +70,7 @@ class ReducedTile:
     def reduction(self) -> ImageReduction:
         at_input = [step for step in self.steps if step.site == "input"]
         encoded = len(at_input[-1].index) if at_input else self.tile.encoded
-        return ImageReduction(self.grid, tuple(self.steps), encoded, self.tile.part)
+        return ImageReduction(self.grid, tuple(self.steps), encoded, "crop" if self.tile.part else "whole")
 
     def take(self, site: str, selection: Selection) -> None:
         """Note what one step selected."""

@@ -6,18 +6,19 @@ discarded when the file is opened again, so that whatever a reader sees is whole
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
-SCHEMA = 1
-"""The version of a line's layout; a reader refuses newer ones."""
+from tokenreduce.attach import ImageReduction
+from tokenreduce.evaluation.schema import SchemaError, from_json, to_json
+
+SCHEMA = 2
+"""The version of a line's layout; a reader refuses others."""
 
 RECORDS = "records.jsonl"
 PARTS = "records.part-*.jsonl"
@@ -29,36 +30,12 @@ class StorageError(OSError):
 
 
 @dataclass(frozen=True)
-class StepRecord:
-    """What one step did to one image.
-
-    index:  which of the image's tokens each output row stands for.
-    source: for each of the image's tokens the output row that it went into, -1 for a dropped one.
-    merged: whether rows are other than the tokens at ``index``.
-    """
-
-    site: str
-    index: tuple[int, ...]
-    source: tuple[int, ...]
-    merged: bool = False
-
-
-@dataclass(frozen=True)
-class ImageRecord:
-    """One image, tile of one, or frame: its ``(time, height, width)`` grid of visual tokens, the steps of the reducer,
-    and whether it shows a ``part`` of its picture alone."""
-
-    grid: tuple[int, int, int]
-    steps: tuple[StepRecord, ...] = ()
-    part: bool = False
-
-
-@dataclass(frozen=True)
 class Record:
     """One sample of one run. ``error`` says why there is no answer; all that depends on one is then None or empty.
 
     id, image_id, category, question: the sample's own; expected: its accepted answers.
     score:         in [0, 1].
+    images:        what was done to each image, tile of one, or frame.
     visual_tokens: how many the sample has; entering: how many entered the language model.
     lengths:       the prompt's length, text included, at the input of every decoder layer.
     layer_mean:    visual tokens averaged over decoder layer inputs.
@@ -77,7 +54,7 @@ class Record:
     visual_tokens: int | None = None
     entering: int | None = None
     lengths: tuple[int, ...] = ()
-    images: tuple[ImageRecord, ...] = ()
+    images: tuple[ImageReduction, ...] = ()
     layer_mean: float | None = None
     vision_flops: float | None = None
     llm_flops: float | None = None
@@ -87,47 +64,23 @@ class Record:
 
     def line(self) -> str:
         """This record as one line of JSON."""
-        content = {"schema": SCHEMA, **vars(self)}
-        return json.dumps(content, default=vars, ensure_ascii=False, separators=(",", ":")) + "\n"
-
-    @property
-    def overview(self) -> ImageRecord | None:
-        """The first of its images that shows a whole picture."""
-        return next((image for image in self.images if not image.part), None)
+        return to_json(self, SCHEMA) + "\n"
 
     @classmethod
     def from_line(cls, line: str) -> Record:
-        """The inverse of :meth:`line`. Raises ``ValueError`` for anything else, and for a newer schema."""
-        content = json.loads(line)
-        if not isinstance(content, dict) or "schema" not in content:
-            raise ValueError("not a record")
-        if (schema := content.pop("schema")) != SCHEMA:
-            raise ValueError(f"a record of schema {schema}, while this version of tokenreduce reads schema {SCHEMA}")
-        if unknown := content.keys() - _FIELDS:
-            raise ValueError(f"a record with the unknown fields {', '.join(sorted(unknown))}")
-        try:
-            content["images"] = tuple(
-                ImageRecord(
-                    tuple(image["grid"]), tuple(_step(step) for step in image["steps"]), image.get("part", False)
-                )
-                for image in content["images"]
-            )
-            return cls(**content | {name: tuple(content[name]) for name in ("expected", "lengths")})
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not a whole record: {error}") from error
+        """The inverse of :meth:`line`; raises as :func:`tokenreduce.evaluation.schema.from_json` does."""
+        return from_json(cls, line, SCHEMA)
 
-
-_FIELDS = {field.name for field in fields(Record)}
-
-
-def _step(content: dict[str, Any]) -> StepRecord:
-    return StepRecord(content["site"], tuple(content["index"]), tuple(content["source"]), content["merged"])
+    @property
+    def overview(self) -> ImageReduction | None:
+        """The first of its images that shows a whole picture."""
+        return next((image for image in self.images if not image.part), None)
 
 
 def read_records(folder: Path | str, limit: int | None = None) -> list[Record]:
     """The records of a run's folder in the benchmark's order, at most the first ``limit``.
 
-    A torn last line is left out. Raises ``StorageError`` for a file that is no records file, or a newer version's.
+    A torn last line is left out. Raises ``StorageError`` for a file that is no records file, or another version's.
     """
     return list(_load(Path(folder) / RECORDS)[0].values())[:limit]
 
@@ -142,12 +95,8 @@ def _load(path: Path) -> tuple[dict[str, Record], int]:
         try:
             record = Record.from_line(line.decode())
         except ValueError as error:
-            remedy = (
-                "use the version that wrote it, or another output folder"
-                if "schema" in str(error)
-                else "delete it to start again"
-            )
-            raise StorageError(f"{path}, line {number}: {error}; {remedy}") from error
+            remedy = "" if isinstance(error, SchemaError) else "; delete it to start again"
+            raise StorageError(f"{path}, line {number}: {error}{remedy}") from error
         records.setdefault(record.id, record)
     return records, end
 

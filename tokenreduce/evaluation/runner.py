@@ -26,10 +26,8 @@ from tokenreduce.evaluation.processes import Processes
 from tokenreduce.evaluation.progress import Progress, Silent
 from tokenreduce.evaluation.prompts import PLACE, Prompts
 from tokenreduce.evaluation.records import (
-    ImageRecord,
     Record,
     RecordFile,
-    StepRecord,
     in_order,
     merge,
     read_records,
@@ -294,14 +292,7 @@ def _record(
         visual_tokens=reduction.visual_tokens,
         entering=reduction.entering,
         lengths=reduction.lengths,
-        images=tuple(
-            ImageRecord(
-                (image.grid.time, image.grid.height, image.grid.width),
-                tuple(StepRecord(step.site, step.index, step.source, step.merged) for step in image.steps),
-                image.part,
-            )
-            for image in reduction.images
-        ),
+        images=reduction.images,
         layer_mean=cost.layer_mean,
         vision_flops=cost.vision_flops,
         llm_flops=cost.llm_flops,

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from tokenreduce.attach import ImageReduction
 from tokenreduce.benchmarks.benchmark import Benchmark
-from tokenreduce.evaluation.records import ImageRecord, Record
+from tokenreduce.evaluation.records import Record
+from tokenreduce.reducer import Grid
 from tokenreduce.registry import BENCHMARKS
 from tokenreduce.reporting.discovery import Comparison
 from tokenreduce.reporting.pictures import as_seen, borders, drawable, kept_and_groups, sample_of
@@ -92,15 +94,15 @@ def _drawn(study: Study, plain: Record, benchmark: Benchmark | None) -> Drawn:
         record = runs[0].get(plain.id) if runs else None
         if record is not None and record.error is None and record.overview and drawable(record.overview):
             kept.append(_kept(row, number, record, record.overview))
-    layout = plain.overview or ImageRecord((1, 1, 1))
+    layout = plain.overview or ImageReduction(Grid(1, 1))
     padded = bool(study.unreduced.comparison.config.get("model", {}).get("do_pad"))
     seen = as_seen(image, layout, padded) if image else None
-    ratio = seen.height / seen.width if seen else layout.grid[1] / layout.grid[2]
+    ratio = seen.height / seen.width if seen else layout.grid.height / layout.grid.width
     return Drawn(plain, _right(plain), _encoded(seen) if seen else None, ratio, kept)
 
 
-def _kept(row: Row, number: int, record: Record, layout: ImageRecord) -> Kept:
-    _, rows, columns = layout.grid
+def _kept(row: Row, number: int, record: Record, layout: ImageReduction) -> Kept:
+    rows, columns = layout.grid.height, layout.grid.width
     kept, groups = kept_and_groups(layout)
     cells = kept.reshape(rows, columns)
     tints: dict[int, list[str]] = {}

@@ -16,8 +16,10 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 from PIL import Image, ImageOps
 
+from tokenreduce.attach import ImageReduction
 from tokenreduce.benchmarks.benchmark import Benchmark, Sample
-from tokenreduce.evaluation.records import ImageRecord, Record
+from tokenreduce.evaluation.records import Record
+from tokenreduce.reducer import Grid
 
 KEPT_TOKENS = "figures/kept_tokens.png"
 """Where in a run's folder the picture stands."""
@@ -60,7 +62,7 @@ def draw_kept_tokens(
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     varies = len({record.entering for record, _ in shown}) > 1
     for panel, (record, image) in zip(panels, shown, strict=False):
-        layout = record.overview or ImageRecord((1, 1, 1))
+        layout = record.overview or ImageReduction(Grid(1, 1))
         _draw_image(panel, as_seen(image, layout, padded), layout)
         question = textwrap.fill(record.question, 36, max_lines=3, placeholder=" …")
         panel.set_title(question, fontsize=11, fontweight="bold", color=_INK, pad=8)
@@ -78,9 +80,9 @@ def draw_kept_tokens(
     return True
 
 
-def faded(image: Image.Image, record: ImageRecord) -> Pixels:
+def faded(image: Image.Image, record: ImageReduction) -> Pixels:
     """``(height, width, 3)`` in [0, 1]: the image with dropped tokens faded to paper and merged groups tinted."""
-    _, rows, columns = record.grid
+    rows, columns = record.grid.height, record.grid.width
     pixels = np.asarray(image.convert("RGB").resize((_PIXELS, _PIXELS), Image.Resampling.LANCZOS), dtype=float)
     kept, groups = kept_and_groups(record)
     grey = pixels.mean(axis=-1, keepdims=True)
@@ -94,9 +96,9 @@ def faded(image: Image.Image, record: ImageRecord) -> Pixels:
     return np.clip(result / 255, 0, 1)
 
 
-def kept_and_groups(record: ImageRecord) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64] | None]:
+def kept_and_groups(record: ImageReduction) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64] | None]:
     """For every token of the first frame whether anything of it is left, and its output row where rows are merged."""
-    _, rows, columns = record.grid
+    rows, columns = record.grid.height, record.grid.width
     if not record.steps:
         return np.ones(rows * columns, dtype=bool), None
     source = np.asarray(record.steps[-1].source[: rows * columns], dtype=np.int64)
@@ -105,15 +107,14 @@ def kept_and_groups(record: ImageRecord) -> tuple[npt.NDArray[np.bool_], npt.NDA
     return kept, source if merged else None
 
 
-def drawable(record: ImageRecord) -> bool:
+def drawable(record: ImageReduction) -> bool:
     """Whether every token has a place in the grid: packing may have put others among them."""
-    time, rows, columns = record.grid
-    return not record.steps or len(record.steps[-1].source) == time * rows * columns
+    return not record.steps or len(record.steps[-1].source) == len(record.grid)
 
 
-def borders(record: ImageRecord) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+def borders(record: ImageReduction) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     """Lines between tokens, as ``(column, row)`` ends: where what is kept, or what is merged with what, changes."""
-    _, rows, columns = record.grid
+    rows, columns = record.grid.height, record.grid.width
     kept, groups = kept_and_groups(record)
     values = np.where(kept, 0 if groups is None else groups, -1).reshape(rows, columns)
     upright = [((x, y), (x, y + 1)) for y in range(rows) for x in range(1, columns) if values[y, x] != values[y, x - 1]]
@@ -143,8 +144,8 @@ def sample_of(record: Record) -> Sample:
     return Sample(record.id, record.question, record.expected, record.category, record.image_id)
 
 
-def _draw_image(panel: Axes, image: Image.Image, layout: ImageRecord) -> None:
-    _, rows, columns = layout.grid
+def _draw_image(panel: Axes, image: Image.Image, layout: ImageReduction) -> None:
+    rows, columns = layout.grid.height, layout.grid.width
     panel.imshow(faded(image, layout), extent=(0, columns, rows, 0), aspect="equal")
     _outline(panel, layout)
     panel.set_xlim(-0.06, columns + 0.06)
@@ -177,9 +178,9 @@ def _verdict(record: Record) -> tuple[str, str]:
     return f"{answer} {'✓' if right else '✗'}", _RIGHT if right else _WRONG
 
 
-def _outline(panel: Axes, layout: ImageRecord) -> None:
+def _outline(panel: Axes, layout: ImageReduction) -> None:
     """A line wherever what is kept, or what is merged with what, changes; faint cells inside."""
-    _, rows, columns = layout.grid
+    rows, columns = layout.grid.height, layout.grid.width
     kept, _ = kept_and_groups(layout)
     if rows * columns <= _CELLS:
         cells = [Rectangle((x, y), 1, 1) for y, x in np.argwhere(kept.reshape(rows, columns))]
@@ -188,9 +189,9 @@ def _outline(panel: Axes, layout: ImageRecord) -> None:
     panel.add_patch(Rectangle((0, 0), columns, rows, fill=False, linewidth=0.9, edgecolor=_FAINT))
 
 
-def as_seen(image: Image.Image, layout: ImageRecord, padded: bool) -> Image.Image:
+def as_seen(image: Image.Image, layout: ImageReduction, padded: bool) -> Image.Image:
     """The part of an image that the grid of tokens lies over."""
-    _, rows, columns = layout.grid
+    rows, columns = layout.grid.height, layout.grid.width
     image = image.convert("RGB")
     if padded:
         return ImageOps.pad(image, (max(image.size),) * 2, color=(122, 116, 104))
