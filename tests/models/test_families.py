@@ -98,7 +98,7 @@ def test_reducer(loaded: Loaded, made: Callable[[str], TokenReducer], name: str)
 @pytest.mark.parametrize("positions", ["compact", "original"])
 def test_keeping_everything_at_any_site_is_bit_identical(loaded: Loaded, positions: Any) -> None:
     family = family_of(loaded.model, MODELS.usable())
-    sites = [place for kind, place in PLACES if kind in family.sites]
+    sites = [place for kind, place in PLACES if family.hosts(kind)]
     for batch in [loaded.single, *loaded.batches]:
         plain = loaded.model.generate(**batch, **GREEDY)
         for site in sites:
@@ -120,5 +120,5 @@ def _refusal(model: PreTrainedModel, name: str) -> str:
     if name == "no_image":
         return ""
     steps = [type(step) for step in create(name).steps(family.geometry)]
-    reasons = [family.unhosted[step] for step in steps if step not in family.sites]
+    reasons = [family.unhosted[step] for step in steps if not family.hosts(step)]
     return reasons[0] if reasons else ""

@@ -406,11 +406,11 @@ class Attachment:
             )
 
     def _refuse_what_cannot_be_hosted(self) -> None:
-        name, family, family_sites = type(self.reducer).__name__, type(self.family).__name__, self.family.sites
+        name, family = type(self.reducer).__name__, type(self.family).__name__
         for step in self._steps:
-            if type(step) not in family_sites and not self._takes_pictures_away(step):
+            if not self.family.hosts(type(step)) and not self._takes_pictures_away(step):
                 reason = self.family.unhosted.get(type(step))
-                hosted = ", ".join(site.__name__ for site in family_sites)
+                hosted = ", ".join(site.__name__ for site in SITES if self.family.hosts(site))
                 raise ValueError(
                     f"{name} acts {type(step).__name__}, which {family} models cannot host"
                     f"{f' ({reason})' if reason else ''}; they host {hosted}"

@@ -229,8 +229,9 @@ class VisionSite:
             if self._inside:
                 hooks.append(layer.register_forward_pre_hook(self._before_layer, with_kwargs=True))
             if any(step.where == "attention" for step in self._inside.get(number, ())):
-                hooks.append(layer.layer_norm2.register_forward_pre_hook(self._after_attention(number)))
-                hooks.append(layer.mlp.register_forward_hook(self._after_mlp))
+                norm, mlp = self.family.halves(layer)
+                hooks.append(norm.register_forward_pre_hook(self._after_attention(number)))
+                hooks.append(mlp.register_forward_hook(self._after_mlp))
             for hook in hooks:
                 stack.callback(hook.remove)
 
@@ -267,7 +268,7 @@ class VisionSite:
                 encoded = self.family.encode(encoding.inputs, encoding.modality)
         finally:
             self._current.reset(token)
-        shortened = AtEncoder in self.family.sites
+        shortened = self.family.shortens
         for picture, features in zip(encoding.pictures, encoded, strict=True):
             picture.unpack(features, shortened)
         for tile in encoding.tiles:
@@ -461,7 +462,7 @@ class VisionSite:
             return None
         steps = [step for step in self.steps if isinstance(step, AtEncoderOutput)]
         sequences = list(args[0])
-        shortened = AtEncoder in self.family.sites
+        shortened = self.family.shortens
         for tile in encoding.tiles:
             if not len(tile.index):
                 continue

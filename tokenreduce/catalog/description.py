@@ -20,7 +20,17 @@ from tokenreduce import reducer as interface
 from tokenreduce.benchmarks.benchmark import Benchmark
 from tokenreduce.knobs import nearest
 from tokenreduce.models.family import ModelFamily
-from tokenreduce.reducer import Geometry, Grid, Step, TokenReducer
+from tokenreduce.reducer import (
+    AtDecoder,
+    AtEncoder,
+    AtEncoderOutput,
+    AtInput,
+    AtProjector,
+    Geometry,
+    Grid,
+    Step,
+    TokenReducer,
+)
 from tokenreduce.registry import BENCHMARKS, CONFIGURATIONS, MODELS, REDUCERS, Problem, Registry
 
 if TYPE_CHECKING:
@@ -30,12 +40,12 @@ LLAVA = Geometry(encoder_layers=24, decoder_layers=32, feature_layer=22, class_t
 """LLaVA-1.5-7B, which the published settings are for."""
 
 GRID = Grid(24, 24)
-SITES = {
-    "AtInput": "input",
-    "AtEncoder": "inside the encoder",
-    "AtEncoderOutput": "encoder output",
-    "AtProjector": "projector",
-    "AtDecoder": "language model",
+SITES: dict[type[Step], str] = {
+    AtInput: "input",
+    AtEncoder: "inside the encoder",
+    AtEncoderOutput: "encoder output",
+    AtProjector: "projector",
+    AtDecoder: "language model",
 }
 REGISTRIES: dict[str, Registry[Any]] = {registry.kind: registry for registry in (REDUCERS, MODELS, BENCHMARKS)}
 BUILT_IN_CONFIGURATIONS = "tokenreduce_conf"
@@ -102,7 +112,7 @@ def described(reducer: TokenReducer) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 def site_name(step: type[Step]) -> str:
     """A kind of step in words."""
-    return SITES.get(step.__name__, step.__name__)
+    return SITES.get(step, step.__name__)
 
 
 def knobs(plugin: type) -> list[Knob]:
@@ -153,7 +163,7 @@ def _plugin(registry: Registry[Any], name: str, plugin: type) -> Plugin:
         if all(knob.default is not None for knob in knobs(plugin)):
             sites, signals = described(plugin())
     elif issubclass(plugin, ModelFamily):
-        sites, source = _once(site_name(step) for step in plugin.sites), ", ".join(plugin.classes)
+        sites, source = _once(site_name(step) for step in SITES if plugin.hosts(step)), ", ".join(plugin.classes)
     elif issubclass(plugin, Benchmark):
         source = plugin.description
     return Plugin(name, registry.kind, registry.package(name), registry.version(name), sites, signals, source)

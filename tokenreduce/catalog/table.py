@@ -68,12 +68,11 @@ def models_table() -> str:
 
 
 def _family_row(name: str, family: type[ModelFamily]) -> str:
-    hosted = {step.__name__ for step in family.sites}
     reasons = "; ".join(f"{site_name(step)}: {reason}" for step, reason in family.unhosted.items())
     classes = ", ".join(f"`{each}`" for each in family.classes)
-    absent: dict[type, bool] = {ClassToken: not family.class_token, TokenSizes: AtEncoder not in family.sites}
+    absent: dict[type, bool] = {ClassToken: not family.class_token, TokenSizes: not family.hosts(AtEncoder)}
     signals = _named([each for each in VISION_SIGNALS if not absent.get(each)])
-    sites = ["yes" if site in hosted else "" for site in SITES]
+    sites = ["yes" if family.hosts(site) else "" for site in SITES]
     return f"| {' | '.join([f'`{name}`', classes, *sites, signals, reasons])} |"
 
 

@@ -112,13 +112,13 @@ def _family(family: type[ModelFamily], checkpoint: str, attention: str = "sdpa")
             f"{checkpoint} is a {type(model).__name__}, which the family does not serve; it serves {served}"
         )
     for site, step in WATCHED.items():
-        if site in family.sites:
+        if family.hosts(site):
             where = f"keeping everything at the {site_name(site)}"
             yield from _invariants(Identity(site=step), model, batches, where, OF_KEEPING_EVERYTHING)
         else:
             reason = family.unhosted.get(site, "it gives no reason")
             yield Finding(f"works at the {site_name(site)}", REFUSED, reason)
-    if AtProjector in family.sites:
+    if family.hosts(AtProjector):
         yield from _invariants(create("uniform", keep=0.5), model, batches, "dropping half of the tokens")
 
 

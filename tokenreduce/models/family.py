@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tokenreduce.models.recipe import Recipe
-from tokenreduce.reducer import Geometry, Grid, Step
+from tokenreduce.models.stack import DecoderStack
+from tokenreduce.reducer import AtEncoder, Geometry, Grid, Step
 
 Inputs = Mapping[str, Any]
 """The keyword arguments of a model call, as a processor made them."""
@@ -73,14 +74,13 @@ class ModelFamily(ABC):
     """Where a model's visual tokens, layers and packing are. One instance serves one model; subclasses hold no other
     state.
 
-    classes:  the transformers classes of the family.
-    sites:    the kinds of step that it can host.
-    unhosted: for a kind that it cannot host, the reason, as the end of a sentence.
+    classes:     the transformers classes of the family.
+    unhosted:    the kinds of step that it cannot host, each with the reason, as the end of a sentence; it hosts all
+                 others.
     class_token: whether the vision encoder's sequence begins with one, if only with some of the family's towers.
     """
 
     classes: ClassVar[tuple[str, ...]]
-    sites: ClassVar[tuple[type[Step], ...]]
     unhosted: ClassVar[Mapping[type[Step], str]] = {}
     class_token: ClassVar[bool] = False
 
@@ -97,6 +97,11 @@ class ModelFamily(ABC):
         """Small random-weight checkpoints of the family's classes by name, which the checks of families then take up;
         none by default."""
         return {}
+
+    @classmethod
+    def hosts(cls, step: type[Step]) -> bool:
+        """True if models of the family can host this kind of step."""
+        return step not in cls.unhosted
 
     # What a model of the family is.
 
@@ -121,6 +126,11 @@ class ModelFamily(ABC):
         return self.model.base_model.language_model
 
     @property
+    def stack(self) -> DecoderStack:
+        """The language model's layers."""
+        return DecoderStack(self.decoder)
+
+    @property
     def projector(self) -> nn.Module:
         """The module that takes the encoder's features ``(sequences, tokens, dim)`` to the language model's width."""
         return self.model.base_model.multi_modal_projector
@@ -136,6 +146,17 @@ class ModelFamily(ABC):
         """
         layers: Sequence[Any] = self.encoder_layers(modality)
         return [layer.self_attn for layer in layers]
+
+    def halves(self, layer: nn.Module) -> tuple[nn.Module, nn.Module]:
+        """The norm and the feed-forward network of a vision encoder layer: its second half, behind the attention.
+        Asked for only where steps inside the encoder are hosted."""
+        raise NotImplementedError
+
+    @property
+    def shortens(self) -> bool:
+        """True if the rest of the vision encoder and the projector take a sequence that became shorter inside the
+        encoder; otherwise a picture stays whole up to the projector's output."""
+        return self.hosts(AtEncoder)
 
     @abstractmethod
     def vision_flops(self, patches: int) -> float:

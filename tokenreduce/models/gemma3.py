@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tokenreduce.models.family import Inputs, Modality, ModelFamily, Picture, Tile
 from tokenreduce.models.recipe import Recipe, text_settings, vision_settings
 from tokenreduce.models.towers import clip_layers, pooled_patches, tower_flops
-from tokenreduce.reducer import AtDecoder, AtEncoder, AtEncoderOutput, AtInput, AtProjector, Geometry, Grid, Step
+from tokenreduce.reducer import AtEncoder, AtEncoderOutput, AtInput, Geometry, Grid, Step
 
 
 class Gemma3(ModelFamily):
@@ -23,7 +23,6 @@ class Gemma3(ModelFamily):
     """
 
     classes = ("Gemma3ForConditionalGeneration",)
-    sites = (AtProjector, AtDecoder)
     unhosted: ClassVar[Mapping[type[Step], str]] = {
         AtInput: "its pictures have the vision tower's size",
         AtEncoder: "its projector pools whole grids of patches",

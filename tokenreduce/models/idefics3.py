@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 from tokenreduce.models.family import Inputs, Modality, ModelFamily, Picture, Tile
 from tokenreduce.models.recipe import SQUARE_FRAMES, Ids, Recipe, text_settings, vision_settings
 from tokenreduce.models.towers import tower_flops
-from tokenreduce.reducer import AtDecoder, AtEncoder, AtEncoderOutput, AtInput, AtProjector, Geometry, Grid, Step
+from tokenreduce.reducer import AtEncoder, AtEncoderOutput, AtInput, Geometry, Grid, Step
 
 
 class Idefics3(ModelFamily):
@@ -23,7 +23,6 @@ class Idefics3(ModelFamily):
     images."""
 
     classes = ("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration")
-    sites = (AtProjector, AtDecoder)
     unhosted: ClassVar[Mapping[type[Step], str]] = {
         AtInput: "its tiles have the vision tower's size",
         AtEncoder: "its projector needs whole tiles",

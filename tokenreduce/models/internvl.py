@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from tokenreduce.flops import encoder_layer_flops
 from tokenreduce.models.family import Inputs, Modality, ModelFamily, Picture, Tile
 from tokenreduce.models.recipe import SIZE, SQUARE_FRAMES, Recipe, text_settings, vision_settings
-from tokenreduce.reducer import AtDecoder, AtEncoder, AtEncoderOutput, AtInput, AtProjector, Geometry, Grid, Step
+from tokenreduce.reducer import AtEncoder, AtEncoderOutput, AtInput, Geometry, Grid, Step
 
 
 class InternVL(ModelFamily):
     """InternVL 2.5, 3 and 3.5 with a vision transformer that has a class token. A video's frames are images to it."""
 
     classes = ("InternVLForConditionalGeneration",)
-    sites = (AtProjector, AtDecoder)
     class_token = True
     unhosted: ClassVar[Mapping[type[Step], str]] = {
         AtInput: "its tiles have the vision tower's size",

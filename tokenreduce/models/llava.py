@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any
 
 import transformers
 from torch import Tensor, nn
@@ -13,14 +13,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from tokenreduce.models.family import Inputs, Modality, ModelFamily, Picture
 from tokenreduce.models.recipe import CLASS_TOKEN, CLIP_PICTURES, SIZE, Ids, Recipe, text_settings, vision_settings
 from tokenreduce.models.towers import clip_layers, tower_flops
-from tokenreduce.reducer import AtDecoder, AtEncoder, AtEncoderOutput, AtInput, AtProjector, Geometry, Grid, Step
+from tokenreduce.reducer import Geometry, Grid
 
 
 class Llava(ModelFamily):
     """LLaVA-1.5 with a CLIP (class token dropped) or SigLIP vision tower."""
 
     classes = ("LlavaForConditionalGeneration",)
-    sites: ClassVar[tuple[type[Step], ...]] = (AtInput, AtEncoder, AtEncoderOutput, AtProjector, AtDecoder)
     class_token = True
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -57,6 +56,9 @@ class Llava(ModelFamily):
 
     def encoder_layers(self, modality: Modality = "image") -> Sequence[nn.Module]:
         return clip_layers(self.model.base_model.vision_tower)
+
+    def halves(self, layer: Any) -> tuple[nn.Module, nn.Module]:
+        return layer.layer_norm2, layer.mlp
 
     def encode(self, inputs: Inputs, modality: Modality = "image") -> list[tuple[Tensor, ...]]:
         pixels = inputs["pixel_values"]

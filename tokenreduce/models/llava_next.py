@@ -13,14 +13,13 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 from tokenreduce.models.family import Inputs, Modality, Picture, Tile
 from tokenreduce.models.llava import Llava
 from tokenreduce.models.recipe import CLASS_TOKEN, CLIP_PICTURES, PINPOINTS, Recipe, text_settings, vision_settings
-from tokenreduce.reducer import AtDecoder, AtEncoder, AtEncoderOutput, AtInput, AtProjector, Grid, Step
+from tokenreduce.reducer import AtEncoder, AtInput, Grid, Step
 
 
 class LlavaNext(Llava):
     """LLaVA-NeXT (1.6). Every tile is reduced by itself, without what lies in the padding."""
 
     classes = ("LlavaNextForConditionalGeneration",)
-    sites: ClassVar[tuple[type[Step], ...]] = (AtEncoderOutput, AtProjector, AtDecoder)
     unhosted: ClassVar[Mapping[type[Step], str]] = {
         AtInput: "its tiles have the vision tower's size",
         AtEncoder: "its tiles are put together whole",

@@ -21,14 +21,13 @@ from tokenreduce.models.recipe import (
     vision_settings,
 )
 from tokenreduce.models.towers import pooled_patches
-from tokenreduce.reducer import AtDecoder, AtEncoder, AtEncoderOutput, AtInput, AtProjector, Grid, Step
+from tokenreduce.reducer import AtEncoder, AtEncoderOutput, AtInput, Grid, Step
 
 
 class LlavaNextVideo(LlavaNext):
     """LLaVA-NeXT-Video."""
 
     classes = ("LlavaNextVideoForConditionalGeneration",)
-    sites = (AtProjector, AtDecoder)
     unhosted: ClassVar[Mapping[type[Step], str]] = {
         AtInput: "its tiles have the vision tower's size",
         AtEncoder: "its tiles are put together whole",

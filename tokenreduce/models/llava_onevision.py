@@ -13,7 +13,7 @@ from transformers.models.llava_onevision.modeling_llava_onevision import get_any
 from tokenreduce.models.family import Inputs, Modality, Picture, Tile
 from tokenreduce.models.llava_next import LlavaNext
 from tokenreduce.models.recipe import PINPOINTS, SIZE, SQUARE_FRAMES, Recipe, text_settings, vision_settings
-from tokenreduce.reducer import AtDecoder, AtEncoder, AtEncoderOutput, AtInput, AtProjector, Grid, Step
+from tokenreduce.reducer import AtEncoder, AtEncoderOutput, AtInput, Grid, Step
 
 
 class LlavaOnevision(LlavaNext):
@@ -24,7 +24,6 @@ class LlavaOnevision(LlavaNext):
     """
 
     classes = ("LlavaOnevisionForConditionalGeneration",)
-    sites = (AtProjector, AtDecoder)
     class_token = False
     unhosted: ClassVar[Mapping[type[Step], str]] = {
         AtInput: "its tiles have the vision tower's size",

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 
 from tokenreduce.models.family import Inputs, Modality, ModelFamily, Picture, Tile
 from tokenreduce.models.recipe import Ids, Recipe, text_settings
-from tokenreduce.reducer import AtDecoder, AtEncoder, AtEncoderOutput, AtInput, AtProjector, Geometry, Grid, Step
+from tokenreduce.reducer import AtEncoder, AtEncoderOutput, AtInput, Geometry, Grid, Step
 
 _NAMES: Mapping[Modality, tuple[str, str]] = {
     "image": ("pixel_values", "image_grid_thw"),
@@ -24,7 +24,6 @@ class Qwen2VL(ModelFamily):
     """Qwen2-VL. A video's frames (pairs of them, as the tower takes them) are tiles of it."""
 
     classes: ClassVar[tuple[str, ...]] = ("Qwen2VLForConditionalGeneration",)
-    sites = (AtProjector, AtDecoder)
     unhosted: ClassVar[Mapping[type[Step], str]] = {
         AtInput: "its image processor cuts pictures into patches: set that to fewer pixels instead",
         AtEncoder: "its merger needs whole blocks of patches",

@@ -12,12 +12,17 @@ from tokenreduce.flops import encoder_layer_flops
 from tokenreduce.models.family import Inputs, Modality
 from tokenreduce.models.qwen2_vl import Qwen2VL, merger_flops, packed_recipe, patch_flops
 from tokenreduce.models.recipe import Recipe
+from tokenreduce.models.stack import Arguments, DecoderStack
 
 
 class Qwen3VL(Qwen2VL):
     """Qwen3-VL. The added features of a visual token go where it goes; of merged ones their mean is added."""
 
     classes = ("Qwen3VLForConditionalGeneration",)
+
+    @property
+    def stack(self) -> DecoderStack:
+        return Qwen3Stack(self.decoder)
 
     def encode(self, inputs: Inputs, modality: Modality = "image") -> list[tuple[Tensor, ...]]:
         encoded = self.encoded(inputs, modality)
@@ -50,3 +55,17 @@ class Qwen3VL(Qwen2VL):
             "deepstack_visual_indexes": [0, 2],
         }
         return {"qwen3_vl": packed_recipe("Qwen3VL", vision, {"head_dim": 16}, mrope_interleaved=True)}
+
+
+class Qwen3Stack(DecoderStack):
+    """Adds features of the vision tower's deeper layers to the visual tokens behind its first layers."""
+
+    def take_deepstack(self, arguments: Arguments) -> tuple[list[Tensor], Arguments]:
+        added = arguments.get("deepstack_visual_embeds")
+        if added is None:
+            return [], arguments
+        visual = arguments["visual_pos_masks"]
+        levels = [features.new_zeros(*visual.shape, features.shape[-1]) for features in added]
+        for level, features in zip(levels, added, strict=True):
+            level[visual.to(level.device)] = features
+        return levels, {**arguments, "visual_pos_masks": None, "deepstack_visual_embeds": None}

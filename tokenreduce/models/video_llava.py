@@ -13,14 +13,13 @@ from tokenreduce.models.family import Inputs, Modality, Picture, Tile
 from tokenreduce.models.llava import Llava
 from tokenreduce.models.recipe import CLASS_TOKEN, CLIP_FRAMES, CLIP_PICTURES, Recipe, text_settings, vision_settings
 from tokenreduce.models.towers import clip_layers
-from tokenreduce.reducer import AtDecoder, AtEncoder, AtEncoderOutput, AtInput, AtProjector, Grid, Step
+from tokenreduce.reducer import AtEncoder, AtInput, Grid, Step
 
 
 class VideoLlava(Llava):
     """Video-LLaVA. The class token of a frame stays while any other token of the frame does."""
 
     classes = ("VideoLlavaForConditionalGeneration",)
-    sites = (AtEncoderOutput, AtProjector, AtDecoder)
     unhosted: ClassVar[Mapping[type[Step], str]] = {
         AtInput: "its pictures have the vision towers' size",
         AtEncoder: "its frames are passed on whole, with their class token",
