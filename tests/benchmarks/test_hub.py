@@ -369,6 +369,21 @@ def test_a_data_set_is_known_by_its_content_and_not_by_its_place(presets: Preset
     assert presets["pope"][0].fingerprint() != benchmark.fingerprint()
 
 
+def test_images_that_rows_name_are_known_by_their_content(hub: Path) -> None:
+    folder = hub / "named"
+    folder.mkdir()
+    file = folder / "one.png"
+    file.write_bytes(picture(1))
+    lines = {"question": ["?"], "answer": ["x"], "image": [str(file)]}
+    Dataset.from_dict(lines).to_csv(folder / "test.csv")
+    benchmark = HubDataset(path=str(folder))
+    digest = benchmark.fingerprint()
+    assert shade(benchmark.images(benchmark[0])[0]) == 1
+    assert replace(benchmark, streaming=True).fingerprint() == digest
+    file.write_bytes(picture(2))
+    assert benchmark.fingerprint() != digest
+
+
 def test_several_images_and_damaged_ones(hub: Path) -> None:
     features = {"q": TEXT, "a": TEXT, "pictures": datasets.List(datasets.Image())}
     torn = {"bytes": picture(3)[:40], "path": None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,20 @@ def test_the_content_is_what_a_run_is_known_by_and_not_its_place(folder: Folder,
     assert (there.knobs(), there.fingerprint()) == (before.knobs(), digest)
     (moved / "images" / "blue.png").unlink()
     assert JsonLines(path=str(moved)).fingerprint() != digest
+
+
+def test_a_picture_of_the_same_size_and_time_is_another_picture(folder: Folder) -> None:
+    path = folder(RED, BLUE)
+    picture = path / "images" / "blue.png"
+    Image.new("RGB", (8, 6), "blue").save(picture, "BMP")
+    digest = JsonLines(path=str(path)).fingerprint()
+    content, status = picture.read_bytes(), picture.stat()
+    Image.new("RGB", (8, 6), "navy").save(picture, "BMP")
+    assert picture.stat().st_size == len(content)
+    os.utime(picture, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert JsonLines(path=str(path)).fingerprint() != digest
+    picture.write_bytes(content)
+    assert JsonLines(path=str(path)).fingerprint() == digest
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from dataclasses import replace
@@ -13,13 +14,12 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from tokenreduce import create
+from tokenreduce import create, fingerprint
 from tokenreduce.evaluation.identity import (
     content_hash,
     model_identity,
     processor_identity,
     run_identity,
-    source_digest,
 )
 from tokenreduce.evaluation.runner import Runner
 from tokenreduce.testing.models import tiny_llava
@@ -123,20 +123,64 @@ def test_a_methods_source_counts_with_its_helpers(tmp_path: Path) -> None:
     (package / "__init__.py").write_text("class Method: ...\n", encoding="utf-8")
     (package / "helper.py").write_text("WEIGHT = 1\n", encoding="utf-8")
     method = module(package / "__init__.py").Method
-    digests = [source_digest(method)]
+    digests = [fingerprint.code_of(method)]
     (package / "helper.py").write_text("WEIGHT = 2\n", encoding="utf-8")
-    digests.append(source_digest(method))
+    digests.append(fingerprint.code_of(method))
     (package / "__init__.py").write_text("class Method:  # better\n    ...\n", encoding="utf-8")
-    digests.append(source_digest(method))
+    digests.append(fingerprint.code_of(method))
     (tmp_path / "elsewhere.py").touch()
-    assert source_digest(method) == digests[-1] and len(set(digests)) == 3
+    assert fingerprint.code_of(method) == digests[-1] and len(set(digests)) == 3
     del sys.modules["a_method"]
+
+
+BENCHMARK = """
+from dataclasses import dataclass
+from tokenreduce.benchmarks.benchmark import Benchmark, Sample
+import their_scoring
+
+@dataclass(frozen=True)
+class Theirs(Benchmark):
+    rules: str = ""
+    def __len__(self): return 1
+    def __getitem__(self, index): return Sample("1", "?", ("yes",), "all", "1")
+    def images(self, sample): return []
+    def score(self, answer, sample): return their_scoring.score(answer)
+"""
+METHOD = """
+from dataclasses import dataclass
+import my_helper
+from tokenreduce.reducer import TokenReducer
+
+@dataclass(frozen=True)
+class Mine(TokenReducer):
+    def steps(self, geometry): return []
+"""
+
+
+def test_helpers_beside_a_module_and_named_files_count(
+    hashed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    files = {"my_method.py": METHOD, "their_benchmark.py": BENCHMARK, "rules.json": "1"}
+    helpers = {"my_helper.py": "WEIGHT = 1\n", "their_scoring.py": "def score(answer): return 0.1\n"}
+    for name, content in {**files, **helpers}.items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    method, benchmark = importlib.import_module("my_method"), importlib.import_module("their_benchmark")
+    parts = {"reducer": method.Mine(), "benchmark": benchmark.Theirs(rules=str(tmp_path / "rules.json"))}
+    hashes = [hashed(**parts)]
+    for name in (*helpers, "rules.json"):
+        (tmp_path / name).write_text((tmp_path / name).read_text().replace("1", "2"), encoding="utf-8")
+        hashes.append(hashed(**parts))
+    assert len(set(hashes)) == 4
+    assert hashed(**parts) == hashes[-1]
+    for name in (*helpers, "my_method.py", "their_benchmark.py"):
+        del sys.modules[name.removesuffix(".py")]
 
 
 def test_a_class_without_a_file_has_an_identity_too() -> None:
     namespace: dict[str, Any] = {"__name__": "__main__"}
     exec("class Method: ...", namespace)
-    assert isinstance(source_digest(namespace["Method"]), str)
+    assert isinstance(fingerprint.code_of(namespace["Method"]), str)
 
 
 def test_libraries_and_the_core_count(hashed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +190,7 @@ def test_libraries_and_the_core_count(hashed: Any, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(identity, "version", lambda name: "9.9")
     libraries = hashed()
     monkeypatch.undo()
-    monkeypatch.setattr(identity, "_core_digest", lambda: "edited")
+    monkeypatch.setattr(fingerprint, "library", lambda: "edited")
     assert len({before, libraries, hashed()}) == 3
 
 

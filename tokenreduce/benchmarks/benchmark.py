@@ -60,7 +60,8 @@ class Benchmark(ABC):
         return asdict(self) if is_dataclass(self) else {}
 
     def fingerprint(self) -> str:
-        """Whatever besides the knobs and the source file decides the samples, such as a digest of the data files."""
+        """Whatever decides the samples besides the knobs, the files that these name, and the code that the class
+        imports."""
         return ""
 
 

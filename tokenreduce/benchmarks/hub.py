@@ -14,9 +14,8 @@ from typing import Any, ClassVar
 from PIL import Image
 
 from tokenreduce.benchmarks.tabular import Row, TabularBenchmark
+from tokenreduce.fingerprint import digest, file_digest
 from tokenreduce.knobs import nearest
-
-_CHUNK = 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,20 +56,21 @@ class HubDataset(TabularBenchmark):
         return {name: value for name, value in super().knobs().items() if name not in left_out}
 
     def fingerprint(self) -> str:
-        """The hub's commit, or a digest of a local folder's data files."""
-        return self._digest
-
-    @cached_property
-    def _digest(self) -> str:
+        """The hub's commit, or a digest of a local folder's data files and of the images that these name."""
         if not self._local:
             return " ".join(str(builder.hash) for builder in self._builders)
-        digest = hashlib.blake2b(digest_size=16)
-        for builder in self._builders:
-            for file in sorted(self._files(builder)):
-                with Path(file).open("rb") as content:
-                    while chunk := content.read(_CHUNK):
-                        digest.update(chunk)
-        return digest.hexdigest()
+        files = [Path(file) for builder in self._builders for file in sorted(self._files(builder))]
+        named = [path for path in map(Path, self._named_images) if path.is_file()]
+        return digest(file_digest(file).encode() for file in [*files, *named])
+
+    @cached_property
+    def _named_images(self) -> list[str]:
+        """The names of image files in a column of text; images of other columns are part of the data files."""
+        rows = self._builders[-1].as_streaming_dataset(self.split)
+        if rows.features is not None and "string" not in str(rows.features.get(self.image_column)):
+            return []
+        values = (row.get(self.image_column) for row in rows)
+        return sorted({name for value in values for name in _listed(value) if isinstance(name, str)})
 
     @property
     def _local(self) -> bool:

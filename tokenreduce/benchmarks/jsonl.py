@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from PIL import Image
 
 from tokenreduce.benchmarks.tabular import Row, TabularBenchmark
+from tokenreduce.fingerprint import file_digest
 
 _SHOWN = 80
 """Characters of a bad line that a message repeats."""
@@ -46,16 +47,16 @@ class JsonLines(TabularBenchmark):
         return {name: value for name, value in super().knobs().items() if name != "path"}
 
     def fingerprint(self) -> str:
-        """Digest of the file, and of its images' names and sizes; their content would take long to read."""
-        return self._digest
-
-    @cached_property
-    def _digest(self) -> str:
-        digest = hashlib.blake2b(self._file.read_bytes(), digest_size=16)
+        """Digest of the file as it was read, and of its images' names and present contents."""
+        digest = hashlib.blake2b(self._content, digest_size=16)
         for name in sorted({name for row in self._rows for name in self._names(row)}):
             image = self._folder / name
-            digest.update(f"{name}\n{image.stat().st_size if image.is_file() else 'missing'}\n".encode())
+            digest.update(f"{name}\n{file_digest(image) if image.is_file() else 'missing'}\n".encode())
         return digest.hexdigest()
+
+    @cached_property
+    def _content(self) -> bytes:
+        return self._file.read_bytes()
 
     @cached_property
     def _file(self) -> Path:
@@ -78,7 +79,7 @@ class JsonLines(TabularBenchmark):
 
     def _load(self) -> Sequence[Row]:
         try:
-            text = self._file.read_text(encoding="utf-8-sig")
+            text = self._content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise ValueError(f"{self._file} is no UTF-8 text: {error}") from error
         rows = [self._parsed(line, number) for number, line in enumerate(text.rstrip().split("\n")) if text.strip()]

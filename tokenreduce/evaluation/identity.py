@@ -7,10 +7,8 @@ written, how they are tracked, and how jobs are started.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 from collections.abc import Iterable, Mapping
-from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,26 +16,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from tokenreduce import fingerprint
 from tokenreduce.benchmarks.benchmark import Benchmark
 from tokenreduce.reducer import TokenReducer
 
-_CHUNK = 1 << 22
 _LIBRARIES = ("torch", "transformers", "tokenreduce")
-_CORE = (
-    "reducer.py",
-    "chain.py",
-    "signals.py",
-    "flops.py",
-    "attach",
-    "models",
-    "benchmarks/scoring.py",
-    "benchmarks/tabular.py",
-    "evaluation/costs.py",
-    "evaluation/prompts.py",
-    "evaluation/runner.py",
-    "evaluation/vision_memory.py",
-)
-"""Parts of this package that a run's answers come from: while they are worked on, the version alone does not tell."""
 
 
 def run_identity(
@@ -63,7 +46,7 @@ def run_identity(
         "max_new_tokens": max_new_tokens,
         "prompt": prompt,
         "versions": {name: _version(name) for name in _LIBRARIES},
-        "core": _core_digest(),
+        "core": fingerprint.library(),
     }
     plain: dict[str, Any] = json.loads(json.dumps(identity, default=str))
     return plain
@@ -76,17 +59,23 @@ def content_hash(identity: Mapping[str, Any]) -> str:
 
 
 def reducer_identity(reducer: TokenReducer) -> dict[str, Any]:
-    """The method's class, its settings and a digest of its source."""
-    sources = [source_digest(type(part)) for part in reducer.parts()]
-    return {"class": _qualified(type(reducer)), "knobs": reducer.knobs(), "source": " ".join(sources)}
+    """The method's class and settings, and digests of its code and of the files that its settings name."""
+    return {
+        "class": fingerprint.qualified(type(reducer)),
+        "knobs": reducer.knobs(),
+        "source": fingerprint.code(reducer),
+        "files": fingerprint.files(reducer),
+    }
 
 
 def benchmark_identity(benchmark: Benchmark) -> dict[str, Any]:
-    """The benchmark's class, its settings, a digest of its source, and its data's own fingerprint."""
+    """The benchmark's class and settings, digests of its code and of the files that its settings name, and its data's
+    own fingerprint."""
     return {
-        "class": _qualified(type(benchmark)),
+        "class": fingerprint.qualified(type(benchmark)),
         "knobs": benchmark.knobs(),
-        "source": source_digest(type(benchmark)),
+        "source": fingerprint.code(benchmark),
+        "files": fingerprint.files(benchmark),
         "data": benchmark.fingerprint(),
     }
 
@@ -100,7 +89,7 @@ def model_identity(model: PreTrainedModel) -> dict[str, Any]:
     name = str(getattr(model, "name_or_path", "") or "")
     commit = getattr(model.config, "_commit_hash", None)
     if name and Path(name).is_dir():
-        weights = {"files": _folder_digest(Path(name))}
+        weights = {"files": fingerprint.folder_digest(Path(name))}
     elif name and commit:
         weights = {"name": name, "revision": str(commit)}
     else:
@@ -124,17 +113,7 @@ def processor_identity(processor: Any) -> dict[str, Any]:
         parts += [type(image_processor).__qualname__, _plain(image_processor.to_dict())]
     if (tokenizer := getattr(processor, "tokenizer", None)) is not None:
         parts += [type(tokenizer).__qualname__, _plain(_tokenizer_content(tokenizer))]
-    return {"class": type(processor).__name__, "digest": _digest(part.encode() for part in parts)}
-
-
-def source_digest(cls: type) -> str:
-    """A digest of the file that defines ``cls``, or of the whole package where that is an ``__init__``."""
-    try:
-        path = Path(inspect.getfile(cls))
-    except (OSError, TypeError):  # made in an interactive session: there is no file
-        return "no source file"
-    files = sorted(path.parent.rglob("*.py")) if path.name == "__init__.py" else [path]
-    return _files_digest(path.parent, files)
+    return {"class": type(processor).__name__, "digest": fingerprint.digest(part.encode() for part in parts)}
 
 
 def _tokenizer_content(tokenizer: Any) -> dict[str, Any]:
@@ -160,30 +139,6 @@ def _plain(settings: Any) -> str:
     return json.dumps(cleaned(settings), sort_keys=True, default=str)
 
 
-def _folder_digest(folder: Path) -> str:
-    """Names and contents of a checkpoint's files; each file is read once in a process, unless it changes."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and not _hidden(path.relative_to(folder)))
-    parts = []
-    for path in files:
-        status = path.stat()
-        parts.append(f"{path.relative_to(folder).as_posix()}:{_file_digest(path, status.st_size, status.st_mtime_ns)}")
-    return _digest(part.encode() for part in parts)
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") or part == "__pycache__" for part in path.parts)
-
-
-@cache
-def _file_digest(path: Path, size: int, modified: int) -> str:
-    with path.open("rb") as file:
-        return _digest(iter(lambda: file.read(_CHUNK), b""))
-
-
-def _files_digest(root: Path, files: Iterable[Path]) -> str:
-    return _digest(f"{path.relative_to(root).as_posix()}\n".encode() + path.read_bytes() for path in files)
-
-
 def _memory_digest(model: PreTrainedModel) -> str:
     def parts() -> Iterable[bytes]:
         yield model.config.to_json_string().encode()
@@ -191,27 +146,7 @@ def _memory_digest(model: PreTrainedModel) -> str:
             yield f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode()
             yield tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
-    return _digest(parts())
-
-
-@cache
-def _core_digest() -> str:
-    root = Path(__file__).parents[1]
-    files = [root / part for part in _CORE]
-    return _files_digest(
-        root, [each for path in files for each in (sorted(path.rglob("*.py")) if path.is_dir() else [path])]
-    )
-
-
-def _digest(parts: Iterable[bytes]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
-
-
-def _qualified(cls: type) -> str:
-    return f"{cls.__module__}:{cls.__qualname__}"
+    return fingerprint.digest(parts())
 
 
 def _version(distribution: str) -> str:
