@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from tokenreduce.benchmarks.benchmark import Benchmark, Sample, normalised
+from tokenreduce.benchmarks.images import rgb
 from tokenreduce.benchmarks.scoring import LETTERS, metric_named
 from tokenreduce.knobs import check_knobs, nearest
 
@@ -66,7 +67,7 @@ class TabularBenchmark(Benchmark):
 
     @abstractmethod
     def _open(self, row: Row) -> list[Image.Image]:
-        """The images of a row."""
+        """The images of a row, as files have them."""
 
     @abstractmethod
     def _image_key(self, row: Row, number: int) -> str:
@@ -84,7 +85,13 @@ class TabularBenchmark(Benchmark):
         return sample
 
     def images(self, sample: Sample) -> list[Image.Image]:
-        return [image.convert("RGB") for image in self._open(self._rows[self._number(sample)])]
+        """The sample's images in RGB; see :func:`tokenreduce.benchmarks.images.rgb`."""
+        number = self._number(sample)
+        images = []
+        for image in self._open(self._rows[number]):
+            with image:
+                images.append(rgb(image, self._place(number)))
+        return images
 
     def score(self, answer: str, sample: Sample) -> float:
         return metric_named(self.metric).score(answer, sample.answers)

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from tokenreduce.benchmarks.benchmark import Benchmark, Sample
+from tokenreduce.benchmarks.images import rgb
 
 PLACE = "{question}"
 """Where a prompt template takes the question."""
@@ -44,14 +45,13 @@ class Prompts:
         return [self._samples[place] for place in range(start, stop)]
 
     def images(self, sample: Sample) -> list[Image.Image]:
-        """The sample's images in full; raises whatever the benchmark or the file raises."""
+        """The sample's images in full and in RGB; raises whatever the benchmark or the file raises."""
         if self._image is None or self._image[0] != sample.image_id:
             images = self._benchmark.images(sample)
             if not images:
                 raise ValueError(f"the benchmark gives no image for sample {sample.id!r}")
-            for image in images:
-                image.load()  # Pillow opens lazily: a damaged file shows only now
-            self._image = sample.image_id, images
+            # Pillow opens lazily: a damaged file shows only now.
+            self._image = sample.image_id, [rgb(image, f"sample {sample.id!r}") for image in images]
         return self._image[1]
 
     def unreadable(self, sample: Sample) -> Exception | None:

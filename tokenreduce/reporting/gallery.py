@@ -12,6 +12,7 @@ from PIL import Image
 
 from tokenreduce.attach import ImageReduction
 from tokenreduce.benchmarks.benchmark import Benchmark
+from tokenreduce.benchmarks.images import rgb
 from tokenreduce.evaluation.records import Record
 from tokenreduce.reducer import Grid
 from tokenreduce.registry import BENCHMARKS
@@ -152,7 +153,7 @@ def _image(benchmark: Benchmark | None, record: Record) -> Image.Image | None:
 
 
 def _encoded(image: Image.Image) -> str:
-    small = image.convert("RGB")
+    small = rgb(image)
     small.thumbnail((_SIDE, _SIDE))
     file = io.BytesIO()
     small.save(file, "JPEG", quality=88)

@@ -18,6 +18,7 @@ from PIL import Image, ImageOps
 
 from tokenreduce.attach import ImageReduction
 from tokenreduce.benchmarks.benchmark import Benchmark, Sample
+from tokenreduce.benchmarks.images import rgb
 from tokenreduce.evaluation.records import Record
 from tokenreduce.reducer import Grid
 
@@ -83,7 +84,7 @@ def draw_kept_tokens(
 def faded(image: Image.Image, record: ImageReduction) -> Pixels:
     """``(height, width, 3)`` in [0, 1]: the image with dropped tokens faded to paper and merged groups tinted."""
     rows, columns = record.grid.height, record.grid.width
-    pixels = np.asarray(image.convert("RGB").resize((_PIXELS, _PIXELS), Image.Resampling.LANCZOS), dtype=float)
+    pixels = np.asarray(rgb(image).resize((_PIXELS, _PIXELS), Image.Resampling.LANCZOS), dtype=float)
     kept, groups = kept_and_groups(record)
     grey = pixels.mean(axis=-1, keepdims=True)
     dropped = 0.16 * pixels + 0.12 * grey + 0.72 * _PAPER
@@ -192,7 +193,7 @@ def _outline(panel: Axes, layout: ImageReduction) -> None:
 def as_seen(image: Image.Image, layout: ImageReduction, padded: bool) -> Image.Image:
     """The part of an image that the grid of tokens lies over."""
     rows, columns = layout.grid.height, layout.grid.width
-    image = image.convert("RGB")
+    image = rgb(image)
     if padded:
         return ImageOps.pad(image, (max(image.size),) * 2, color=(122, 116, 104))
     width = min(image.width, round(image.height * columns / rows))
