@@ -21,6 +21,10 @@ Inputs = Mapping[str, Any]
 
 Modality = Literal["image", "video"]
 
+Role = Literal["whole", "thumbnail", "crop", "frame"]
+"""What a tile shows: a picture that has no other tile, the whole of one that has, a part of one, or a moment of a
+video."""
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -32,7 +36,9 @@ class Tile:
     sequence: which of the encoder's sequences of its modality it is, in the order of the call.
     extent:   its stretch of that sequence where one sequence holds several tiles; None where it has it to itself.
     encoded:  how many patches the encoder's sequence, or stretch of it, has.
-    part:     whether it shows a part of its picture alone.
+    role:     what it shows.
+    row, column: where, in tokens, a crop's first token lies in the whole mosaic of its picture's crops; 0 for others.
+    time:     the second at which a frame begins, where the model is told it.
     """
 
     grid: Grid
@@ -40,7 +46,15 @@ class Tile:
     sequence: int
     extent: slice | None
     encoded: int
-    part: bool = False
+    role: Role = "whole"
+    row: int = 0
+    column: int = 0
+    time: float | None = None
+
+    @property
+    def part(self) -> bool:
+        """True if it shows a part of its picture alone."""
+        return self.role == "crop"
 
 
 @dataclass(frozen=True)
@@ -68,6 +82,21 @@ class Picture:
         places = torch.arange(len(grid))
         tile = Tile(grid, places, sequence, None, len(grid))
         return cls("image", (tile,), places, torch.zeros_like(places), pixels)
+
+
+def cut_up(grid: Grid, rows: int, columns: int) -> list[tuple[Role, int, int]]:
+    """Role, row and column of every tile of a picture that is cut into ``rows`` x ``columns`` crops of ``grid`` tokens,
+    behind which the whole picture comes as a thumbnail; of its one tile where there are no crops.
+
+    >>> cut_up(Grid(2, 4), 1, 2)
+    [('crop', 0, 0), ('crop', 0, 4), ('thumbnail', 0, 0)]
+    """
+    if not rows:
+        return [("whole", 0, 0)]
+    crops: list[tuple[Role, int, int]] = [
+        ("crop", row * grid.height, column * grid.width) for row in range(rows) for column in range(columns)
+    ]
+    return [*crops, ("thumbnail", 0, 0)]
 
 
 class ModelFamily(ABC):

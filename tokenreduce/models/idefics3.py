@@ -12,15 +12,18 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from tokenreduce.models.family import Inputs, Modality, ModelFamily, Picture, Tile
+from tokenreduce.models.family import Inputs, Modality, ModelFamily, Picture, Tile, cut_up
 from tokenreduce.models.recipe import SQUARE_FRAMES, Ids, Recipe, text_settings, vision_settings
 from tokenreduce.models.towers import tower_flops
 from tokenreduce.reducer import AtEncoder, AtEncoderOutput, AtInput, Geometry, Grid, Step
 
 
 class Idefics3(ModelFamily):
-    """Idefics3 and SmolVLM. The last tile of an image that was cut up is the whole image; a video's frames are
-    images."""
+    """Idefics3 and SmolVLM. The last tile of an image that was cut up is the whole image.
+
+    A video's frames are pictures of one tile: nothing in the model's inputs but the words between them tells them from
+    images, so that what shall see a whole video has to see all pictures of a prompt.
+    """
 
     classes = ("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration")
     unhosted: ClassVar[Mapping[type[Step], str]] = {
@@ -63,12 +66,13 @@ class Idefics3(ModelFamily):
         real = pixels[_real(pixels)]
         pictures, first = [], 0
         for prompt in inputs["input_ids"].cpu():
-            for count in _tiles(prompt, config.image_token_id, len(grid)):
-                last = first + count
-                tiles = tuple(  # the last of several shows the whole image
-                    Tile(grid, patches, number, None, side * side, number < last - 1) for number in range(first, last)
+            for rows, columns in _arrangements(prompt, config.image_token_id, len(grid)):
+                last = first + rows * columns + 1
+                tiles = tuple(
+                    Tile(grid, patches, number, None, side * side, *role)
+                    for number, role in enumerate(cut_up(grid, rows, columns), start=first)
                 )
-                tokens = torch.arange(count * len(grid))
+                tokens = torch.arange(len(tiles) * len(grid))
                 pictures.append(Picture("image", tiles, tokens, torch.zeros_like(tokens), real[first:last]))
                 first = last
         return pictures
@@ -142,11 +146,13 @@ def _real(pixels: Tensor) -> Tensor:
     return (pixels != 0).flatten(2).any(-1)
 
 
-def _tiles(prompt: Tensor, placeholder: int, each: int) -> list[int]:
-    """How many tiles each image of a prompt has, when every tile has ``each`` placeholders.
+def _arrangements(prompt: Tensor, placeholder: int, each: int) -> list[tuple[int, int]]:
+    """Rows and columns of the crops of each image of a prompt, when every tile has ``each`` placeholders; 0 for an
+    image that is not cut up.
 
     Every tile is announced by the same token, and an image is closed by another such token: where two of them stand
-    between two tiles, one image ends and the next begins.
+    between two tiles, one image ends and the next begins. A row of crops ends where something else, a line break,
+    stands before the next tile's announcement.
     """
     columns = (prompt == placeholder).nonzero()[:, 0]
     if not len(columns):
@@ -155,4 +161,9 @@ def _tiles(prompt: Tensor, placeholder: int, each: int) -> list[int]:
     starts, ends = columns[::each].tolist(), columns[each - 1 :: each].tolist()
     gaps = [prompt[end + 1 : start] for end, start in zip(ends, starts[1:], strict=False)]
     last = [number for number, gap in enumerate(gaps) if int((gap == mark).sum()) > 1]
-    return [after - before for before, after in pairwise([-1, *last, len(starts) - 1])]
+    found = []
+    for before, after in pairwise([-1, *last, len(starts) - 1]):
+        crops = after - before - 1  # behind them comes the whole image
+        rows = sum(bool(gap[0] != mark) for gap in gaps[before + 1 : after - 1]) + 1 if crops else 0
+        found.append((rows, crops // max(rows, 1)))
+    return found

@@ -7,16 +7,22 @@ from typing import Any, ClassVar
 
 import torch
 import transformers
+from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import functional
 
 from tokenreduce.flops import encoder_layer_flops
-from tokenreduce.models.family import Inputs, Modality, ModelFamily, Picture, Tile
+from tokenreduce.models.family import Inputs, Modality, ModelFamily, Picture, Tile, cut_up
 from tokenreduce.models.recipe import SIZE, SQUARE_FRAMES, Recipe, text_settings, vision_settings
 from tokenreduce.reducer import AtEncoder, AtEncoderOutput, AtInput, Geometry, Grid, Step
 
 
 class InternVL(ModelFamily):
-    """InternVL 2.5, 3 and 3.5 with a vision transformer that has a class token. A video's frames are images to it."""
+    """InternVL 2.5, 3 and 3.5 with a vision transformer that has a class token.
+
+    A video's frames are pictures of one tile: nothing in the model's inputs but the words between them tells them from
+    images, so that what shall see a whole video has to see all pictures of a prompt.
+    """
 
     classes = ("InternVLForConditionalGeneration",)
     class_token = True
@@ -48,8 +54,10 @@ class InternVL(ModelFamily):
         pictures, first = [], 0
         for run in _runs(inputs["input_ids"], self.model.config.image_token_id):
             last = first + run // len(grid)
-            tiles = tuple(  # the last of several shows the whole image
-                Tile(grid, patches, number, None, height * width, number < last - 1) for number in range(first, last)
+            roles = cut_up(grid, *_arrangement(pixels[first:last]))
+            tiles = tuple(
+                Tile(grid, patches, number, None, height * width, *role)
+                for number, role in enumerate(roles, start=first)
             )
             tokens = torch.arange(run)
             pictures.append(Picture("image", tiles, tokens, torch.zeros_like(tokens), pixels[first:last]))
@@ -112,6 +120,22 @@ class InternVL(ModelFamily):
                 frames=SQUARE_FRAMES,
             )
         }
+
+
+def _arrangement(tiles: Tensor) -> tuple[int, int]:
+    """Rows and columns of the crops among a picture's tiles ``(tiles, channels, height, width)``; 0 for a single tile.
+
+    The inputs do not tell it: it is the arrangement that looks most like the last tile, the picture as a whole.
+    """
+    count, cells = len(tiles) - 1, functional.adaptive_avg_pool2d(tiles.float(), 4)
+
+    def unlikeness(rows: int) -> tuple[float, int]:
+        mosaic = rearrange(cells[:-1], "(rows columns) c h w -> c (rows h) (columns w)", rows=rows)
+        whole = functional.adaptive_avg_pool2d(tiles[-1].float(), (mosaic.shape[-2], mosaic.shape[-1]))
+        return float((mosaic - whole).square().mean()), abs(rows - count // rows)
+
+    rows = min((rows for rows in range(1, count + 1) if count % rows == 0), key=unlikeness, default=0)
+    return rows, count // max(rows, 1)
 
 
 def _runs(input_ids: Tensor, placeholder: int) -> list[int]:

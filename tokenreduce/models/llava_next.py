@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-from tokenreduce.models.family import Inputs, Modality, Picture, Tile
+from tokenreduce.models.family import Inputs, Modality, Picture, Role, Tile
 from tokenreduce.models.llava import Llava
 from tokenreduce.models.recipe import CLASS_TOKEN, CLIP_PICTURES, PINPOINTS, Recipe, text_settings, vision_settings
 from tokenreduce.reducer import AtEncoder, AtInput, Grid, Step
@@ -95,6 +95,11 @@ def tiled(packed: Tensor, side: int, count: int, first: int, pixels: Tensor) -> 
     packed: ``(placeholders,)`` long, the patch, counted through the tiles, that stands at every placeholder; -1 for a
             newline. A tile's patches in it form a rectangle, for what lies in the picture's padding is left out.
     """
+    newline = packed < 0
+    overview = side**2 if count > 1 else 0
+    lines = newline.long().cumsum(0) - newline.long() + 1
+    lines[:overview] = 0
+    lines[~torch.isin(lines, lines[~newline])] = 0  # newlines of lines that lie in the padding whole: the picture's
     tiles: list[Tile] = []
     tokens, before = packed.clone(), 0
     for number in range(count):
@@ -104,10 +109,13 @@ def tiled(packed: Tensor, side: int, count: int, first: int, pixels: Tensor) -> 
         patches = own % side**2
         width = len((patches % side).unique())
         tokens[torch.isin(packed, own)] = before + torch.searchsorted(own, packed[torch.isin(packed, own)])
-        tiles.append(Tile(Grid(len(own) // width, width), patches, first + number, None, side**2, number > 0))
+        grid = Grid(len(own) // width, width)
+        role: Role = "whole" if count == 1 else "thumbnail"
+        row = column = 0
+        if number > 0:
+            place = int((packed == own[0]).nonzero()[0])
+            role, row = "crop", int(lines[place]) - 1
+            column = place - int((lines == lines[place]).nonzero()[0])
+        tiles.append(Tile(grid, patches, first + number, None, side**2, role, row, column))
         before += len(own)
-    newline = packed < 0
-    overview = len(tiles[0].patches) if count > 1 else 0
-    lines = newline.long().cumsum(0) - newline.long() + 1
-    lines[:overview] = 0
     return Picture("image", tuple(tiles), tokens, lines, pixels)

@@ -51,7 +51,7 @@ class LlavaOnevision(LlavaNext):
         pictures = []
         for number, pixels in enumerate(inputs["pixel_values_videos"]):
             frames = range(number * len(pixels), (number + 1) * len(pixels))
-            tiles = tuple(Tile(grid, patches, frame, None, self.side**2) for frame in frames)
+            tiles = tuple(Tile(grid, patches, frame, None, self.side**2, "frame") for frame in frames)
             tokens = torch.tensor([*range(len(tiles) * len(grid)), -1])  # one newline, behind the last frame
             pictures.append(Picture("video", tiles, tokens, torch.zeros_like(tokens), pixels))
         return pictures
@@ -80,7 +80,8 @@ class LlavaOnevision(LlavaNext):
         (centres,), _ = self.model.base_model.pack_image_features(
             [tiles], size[None], tiles.new_tensor([-1.0, -1.0]), vision_aspect_ratio=config.vision_aspect_ratio
         )
-        rows, columns = centres[side**2 :].round().long().unbind(-1)  # shrinking is linear, and so are places
+        # Shrinking is linear, and so are places. Of two that are as near the first stands for a token, in every line.
+        rows, columns = (centres[side**2 :] - 1e-6).round().long().unbind(-1)
         tile = 1 + rows // side * width + columns // side
         patches = tile * side**2 + rows % side * side + columns % side
         return torch.cat([torch.arange(side**2), patches.masked_fill(rows < 0, -1)])

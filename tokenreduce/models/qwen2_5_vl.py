@@ -28,6 +28,10 @@ class Qwen2_5VL(Qwen2VL):
         seconds = inputs.get("second_per_grid_ts") if modality == "video" else None
         return chosen if seconds is None else {**chosen, "second_per_grid_ts": seconds[pictures]}
 
+    def interval(self, inputs: Inputs, video: int) -> float | None:
+        seconds = inputs.get("second_per_grid_ts")
+        return None if seconds is None else float(seconds[video])
+
     def packed_places(self, layout: Tensor) -> Tensor:
         vision = self.model.config.vision_config
         window_index, _ = get_vision_window_index(

@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from tokenreduce.models.family import Inputs, Modality, ModelFamily, Picture, Tile
+from tokenreduce.models.family import Inputs, Modality, ModelFamily, Picture, Role, Tile
 from tokenreduce.models.recipe import Ids, Recipe, text_settings
 from tokenreduce.reducer import AtEncoder, AtEncoderOutput, AtInput, Geometry, Grid, Step
 
@@ -63,17 +63,26 @@ class Qwen2VL(ModelFamily):
         merge = self.model.config.vision_config.spatial_merge_size
         places = self.packed_places(layout.cpu())
         pictures, first = [], 0
-        for time, height, width in layout.tolist():
+        for number, (time, height, width) in enumerate(layout.tolist()):
+            role: Role = "frame" if modality == "video" else "whole"
+            interval = self.interval(inputs, number) if modality == "video" else None
             tiles = []
             for frame in range(time):
+                second = None if interval is None else interval * frame
                 extent = slice(first + frame * height * width, first + (frame + 1) * height * width)
                 patches = places[extent].view(-1, merge**2) - extent.start
-                tiles.append(Tile(Grid(height // merge, width // merge), patches, 0, extent, height * width))
+                grid = Grid(height // merge, width // merge)
+                tiles.append(Tile(grid, patches, 0, extent, height * width, role, time=second))
             tokens = torch.arange(time * height * width // merge**2)
             last = first + time * height * width
             pictures.append(Picture(modality, tuple(tiles), tokens, torch.zeros_like(tokens), pixels[first:last]))
             first = last
         return pictures
+
+    def interval(self, inputs: Inputs, video: int) -> float | None:
+        """How many seconds the model is told to lie between the frames of one of the call's videos; None if it is not
+        told."""
+        return None
 
     def packed_places(self, layout: Tensor) -> Tensor:
         """Where every patch of pictures of ``layout`` (pictures, 3) stands in the tower's sequence: ``(patches,)``."""

@@ -16,7 +16,10 @@ from tokenreduce.models.stack import Arguments, DecoderStack
 
 
 class Qwen3VL(Qwen2VL):
-    """Qwen3-VL. The added features of a visual token go where it goes; of merged ones their mean is added."""
+    """Qwen3-VL. The added features of a visual token go where it goes; of merged ones their mean is added.
+
+    When a frame is of stands in the prompt's words alone.
+    """
 
     classes = ("Qwen3VLForConditionalGeneration",)
 

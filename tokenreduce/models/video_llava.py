@@ -43,7 +43,7 @@ class VideoLlava(Llava):
             grid, count = Grid(pixels.shape[-2] // patch, pixels.shape[-1] // patch), len(pixels)
             places = torch.arange(len(grid))
             frames = range(number * count, (number + 1) * count)
-            tiles = tuple(Tile(grid, places, frame, None, len(grid)) for frame in frames)
+            tiles = tuple(Tile(grid, places, frame, None, len(grid), "frame") for frame in frames)
             tokens = torch.cat([torch.full((count, 1), -1), torch.arange(count * len(grid)).view(count, -1)], dim=1)
             lines = torch.arange(count)[:, None].expand_as(tokens)
             pictures.append(Picture("video", tiles, tokens.flatten(), lines.flatten(), pixels))

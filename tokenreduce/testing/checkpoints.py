@@ -67,7 +67,7 @@ def write_checkpoint(recipe: Recipe | str, directory: str | Path, *, seed: int =
         if recipe not in known:
             raise ValueError(f"there is no tiny checkpoint of {recipe!r}: known: {', '.join(known)}")
         recipe = known[recipe]
-    names = list(dict.fromkeys([*_SPECIAL, *recipe.tokens, "USER:", "ASSISTANT:", *_WORDS.split(), *words]))
+    names = list(dict.fromkeys([*_SPECIAL, *recipe.tokens, "USER:", "ASSISTANT:", *_WORDS.split(), "\n", *words]))
     if len(names) > VOCABULARY:
         raise ValueError(f"{len(names)} words and special tokens do not fit the vocabulary of {VOCABULARY}")
     names += [f"word{number}" for number in range(len(names), VOCABULARY)]
@@ -140,7 +140,8 @@ def _write_model(recipe: Recipe, ids: Ids, directory: Path, seed: int) -> None:
 
 def _tokenizer(recipe: Recipe, ids: Ids) -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.WordLevel(dict(ids), unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    spaces = pre_tokenizers.Split(" ", "removed")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([spaces, pre_tokenizers.Split("\n", "isolated")])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token="<pad>",
