@@ -102,7 +102,8 @@ def _bench(config: DictConfig, processes: Processes, console: Console, sweep: Sw
     made_from = json.dumps([*parts, device], sort_keys=True)
     if _benches and _benches[0].made_from == made_from:
         return _benches[0]
-    next(iter(benchmark), None)  # a missing file or column shows here, before a model is loaded
+    for place in range(min(len(benchmark), settings.limit or len(benchmark))):
+        benchmark[place]  # a missing file, or an answer that cannot be scored, shows before a model is loaded
     _benches.clear()  # before the next model is loaded: there may be no room for two
     settings.output.mkdir(parents=True, exist_ok=True)
     if config.runtime.threads is not None:

@@ -65,6 +65,24 @@ def test_a_folder_is_compared_like_any_benchmark(
     assert [record.id for record in read_records(run)] == [str(number) for number in range(1, 8)]
 
 
+def test_a_run_goes_on_without_questions_that_cannot_be_asked(
+    folder: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    lines = (folder / "questions.jsonl").read_text(encoding="utf-8").splitlines()
+    lines[1] = lines[0].replace("is it red", "is it \\ud83d red")
+    lines[3] = lines[3].replace("is it red", "is <image> red")
+    (folder / "questions.jsonl").write_text("\n".join(lines[:6]), encoding="utf-8")
+    arguments = ["benchmark=jsonl", "benchmark.path=mine", f"model.path={checkpoint}", *QUICK]
+    assert command.main([*arguments, "reducer=pool", "reducer.keep=4"]) == 0
+    assert "2 samples without an answer" in capsys.readouterr().out
+    (run,) = Path("outputs").glob("pool-*")
+    errors = {record.id: record.error or "" for record in read_records(run)}
+    assert [name for name, error in errors.items() if error] == ["2", "4"]
+    assert r"questions.jsonl, line 2,: the question 'is it \\ud83d red' holds half a character" in errors["2"]
+    assert "sample '4': the question 'is <image> red' holds '<image>'" in errors["4"]
+
+
 def test_a_public_benchmarks_preset_runs_on_a_local_copy(
     folder: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -104,6 +122,16 @@ def test_a_public_benchmarks_preset_runs_on_a_local_copy(
             "unknown metric 'vqua': did you mean 'vqa'?",
         ),
         (["benchmark=jsonl", "benchmark.path=mine", "benchmark.question_column=text"], "has no column 'text'"),
+        (["benchmark=jsonl", "benchmark.path=mine", "benchmark.metric=choice"], "metric='choice' scores the letters"),
+        (["benchmark=jsonl", "benchmark.path=mine", "benchmark.metric=relaxed"], "metric 'relaxed' is for: take"),
+        (
+            ["benchmark=jsonl", "benchmark.path=mine", "benchmark.metric=yes_no", "benchmark.answer_column=category"],
+            "line 1,: metric 'yes_no' cannot score sample '1': the answer 'red' is neither yes nor no",
+        ),
+        (
+            ["benchmark=hf", "benchmark.path=table", "benchmark.metric=mme", "benchmark.limit=3"],
+            "row 2 of table test: metric 'mme' cannot score sample '2': the answer 'maybe' is neither yes nor no",
+        ),
         (["benchmark=hf", "benchmark.path=mine/images", "benchmark.split=dev"], "dev"),
         (["benchmark=pop"], "unknown benchmark 'pop': did you mean 'pope'?"),
     ],
@@ -116,6 +144,10 @@ def test_a_mistake_is_told_before_a_model_is_loaded(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(folder.parent)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder.parent / "cache")
+    Path("table").mkdir()
+    pictures = {"image": [str(folder / "images" / "0.png")] * 3, "question": ["is it red"] * 3}
+    datasets.Dataset.from_dict({**pictures, "answer": ["yes", "No.", "maybe"]}).to_csv("table/test.csv")
     monkeypatch.setattr("tokenreduce.job.load", lambda *_, **__: pytest.fail("a model was loaded"))
     assert command.main([*arguments, *QUICK]) == 2
     error = capsys.readouterr().err

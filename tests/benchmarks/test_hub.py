@@ -415,6 +415,10 @@ def test_mistakes_are_told(presets: Presets, hub: Path, monkeypatch: pytest.Monk
         replace(pope, shuffle=1, streaming=True)
     with pytest.raises(ValueError, match="needs image_id_column"):
         replace(pope, images_subset="images", image_id_column=None)
+    with pytest.raises(ValueError, match=r"row 0 of .*chartqa test and all others have answers that are no numbers"):
+        len(replace(presets["chartqa"][0], answer_column="question"))
+    with pytest.raises(ValueError, match=r"row 2 of .*: metric 'yes_no' cannot score sample '2': the answer 'popular'"):
+        replace(pope, answer_column="category")[2]
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match=r"pip install 'tokenreduce\[datasets\]'"):
         len(replace(pope))

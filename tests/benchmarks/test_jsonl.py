@@ -148,12 +148,61 @@ def test_a_picture_of_the_same_size_and_time_is_another_picture(folder: Folder) 
         ([{**RED, "question": None}], "line 1,: the question None is no text"),
         ([{**RED, "answer": True}], "line 1,: the answer True is neither text nor a number"),
         ([{**RED, "answer": []}], r"line 1, has no answer, only \[\]; some data sets hide"),
+        ([RED, {**RED, "answer": float("nan")}], "line 2,: the answer nan is no number that there is"),
+        ([{**RED, "answer": [3, float("inf")]}], "line 1,: the answer inf is no number that there is"),
+        (
+            [{**RED, "answer": ["red", "."]}],
+            r"line 1,: metric 'exact' cannot score sample '1': the answer '\.' is met by",
+        ),
+        ([RED, {**RED, "answer": "half \ud83d"}], r"line 2,: 'half .* holds half a character"),
         ([{**RED, "image": 7}], "line 1,: 7 is neither an image's file name nor a list of them"),
     ],
 )
 def test_a_mistake_is_told_with_its_line(folder: Folder, lines: list[Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         len(JsonLines(path=str(folder(*lines))))
+
+
+CHOICES: dict[str, Any] = {"choice_columns": ("choices",)}
+
+
+@pytest.mark.parametrize(
+    ("metric", "fitting", "other", "reason", "settings"),
+    [
+        ("yes_no", "Yes", "cat", "the answer 'cat' is neither yes nor no", {}),
+        ("yes_no", "no.", ["yes", "no"], "the answer is both yes and no", {}),
+        ("mme", "No", "maybe", "the answer 'maybe' is neither yes nor no", {}),
+        ("relaxed", "7%", "inf", "the answer 'inf' is no number that anything is near to", {}),
+        ("anls", "a word", ["a word", " "], "the answer ' ' is met by saying nothing", {}),
+        ("vqa", ["a", "b", "c", "d"], "red", "has 1 answers; metric 'vqa' is made for ten people's", {}),
+        ("mmbench", "A", "B", "sample id 'second' is no number", CHOICES),
+        ("yes_no", "yes", "no", "the answer 'A' is neither yes nor no", CHOICES),
+    ],
+)
+def test_a_metric_refuses_what_it_cannot_score(
+    folder: Folder, metric: str, fitting: Any, other: Any, reason: str, settings: dict[str, Any]
+) -> None:
+    lines = [
+        {**RED, "answer": answer, "id": name, "choices": ["yes", "no"]}
+        for answer, name in ((fitting, "1"), (other, "second"))
+    ]
+    if metric != "yes_no" or not settings:
+        assert JsonLines(path=str(folder(lines[0])), metric=metric, **settings)[0]
+    with pytest.raises(ValueError, match=rf"questions\.jsonl, line [12],.*{reason}"):
+        len(JsonLines(path=str(folder(*lines)), metric=metric, **settings))
+
+
+def test_a_metric_of_numbers_needs_one(folder: Folder) -> None:
+    words, number = {**RED, "answer": "red"}, {**RED, "answer": "3.5"}
+    assert len(JsonLines(path=str(folder(words, number)), metric="relaxed")) == 2
+    with pytest.raises(ValueError, match=r"line 1, and all others have answers that are no numbers, which metric 'rel"):
+        len(JsonLines(path=str(folder(words, words)), metric="relaxed"))
+
+
+@pytest.mark.parametrize("metric", ["choice", "mmbench"])
+def test_a_metric_of_choices_needs_them(folder: Folder, metric: str) -> None:
+    with pytest.raises(ValueError, match=f"metric='{metric}' scores the letters of choices, and there are none: name"):
+        JsonLines(path=str(folder(RED)), metric=metric)
 
 
 def test_mistakes_in_settings_are_told(folder: Folder, tmp_path: Path) -> None:

@@ -128,6 +128,11 @@ def test_popes_reading_of_an_answer(answer: str, yes: bool) -> None:
     assert yes_no(answer, ["no" if yes else "yes"]) == 0
 
 
+def test_what_is_right_is_read_whatever_its_case() -> None:
+    assert yes_no("No", ["NO."]) == 1 and yes_no("Yes", ["NO."]) == 0
+    assert yes_no_measures(["No"], [sample(0, "NO")]) == {"F1": 0, "precision": 0, "recall": 0, "yes": 0}
+
+
 def test_popes_measures_are_those_of_the_confusion_matrix() -> None:
     answers = ["yes"] * 5 + ["no"] * 3  # true positives 3, false positives 2, false negatives 1, true negatives 2
     samples = [sample(n, truth) for n, truth in enumerate(["yes"] * 3 + ["no"] * 2 + ["yes"] + ["no"] * 2)]

@@ -12,13 +12,22 @@ from PIL import Image
 
 @dataclass(frozen=True)
 class Sample:
-    """One question. ``id`` is unique and stable; an image's samples share ``image_id``, by which statistics cluster."""
+    """One question.
+
+    ``id`` is unique and stable; an image's samples share ``image_id``, by which statistics cluster. ``problem`` says
+    why the question cannot be asked, if so: a run goes on without it.
+    """
 
     id: str
     question: str
     answers: tuple[str, ...]
     category: str
     image_id: str
+    problem: str = ""
+
+
+class QuestionError(ValueError):
+    """A question that no model, or not this one, can be asked."""
 
 
 class Benchmark(ABC):

@@ -90,13 +90,17 @@ class HubDataset(TabularBenchmark):
         return datasets.load_dataset_builder(path, **options)
 
     def _load(self) -> Sequence[Row]:
+        rows: Any
         builder = self._builders[0]
         if self.streaming:
             self._files(builder)  # raises where there is no such split
             recorded = (builder.info.splits or {}).get(self.split)
             rows = builder.as_streaming_dataset(self.split).decode(False)
             return _Stream(iter(rows), recorded.num_examples if recorded else None)
-        return self._downloaded(builder)
+        rows = self._downloaded(builder)
+        if len(rows) and self.answer_column in rows.features and not self.choice_columns:
+            self._check_for_numbers(answer for value in rows[self.answer_column] for answer in _listed(value))
+        return rows
 
     def _downloaded(self, builder: Any) -> Any:
         """The rows on disk. Where they are not there yet, this split's files alone are fetched, if that can be done."""

@@ -83,8 +83,10 @@ class JsonLines(TabularBenchmark):
         except UnicodeDecodeError as error:
             raise ValueError(f"{self._file} is no UTF-8 text: {error}") from error
         rows = [self._parsed(line, number) for number, line in enumerate(text.rstrip().split("\n")) if text.strip()]
-        for number, row in enumerate(rows):  # all at once: a mistake in the last line shows before anything is run
-            self._sample(row, number)
+        # All at once: a mistake in the last line shows before anything is run.
+        samples = [self._sample(row, number) for number, row in enumerate(rows)]
+        if samples:
+            self._check_for_numbers(answer for sample in samples for answer in sample.answers)
         return rows
 
     def _parsed(self, line: str, number: int) -> Row:

@@ -7,6 +7,7 @@ the units that papers print: per cent, and points for MME.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -149,6 +150,11 @@ def _relaxed(answer: str, accepted: str) -> float:
     return float(answer.lower() == accepted.lower())
 
 
+def is_number(text: str) -> bool:
+    """True for what :func:`relaxed_accuracy` compares as a number."""
+    return _number(text.strip()) is not None
+
+
 def _number(text: str) -> float | None:
     try:
         return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
@@ -158,7 +164,7 @@ def _number(text: str) -> float | None:
 
 def yes_no(answer: str, accepted: Sequence[str]) -> float:
     """1 where the answer means the same as the accepted one by POPE's reading (see :func:`means_yes`)."""
-    return float(means_yes(answer) == means_yes(accepted[0]))
+    return float(means_yes(answer) == (normalised(accepted[0]) == "yes"))
 
 
 def means_yes(answer: str) -> bool:
@@ -176,7 +182,7 @@ def means_yes(answer: str) -> bool:
 def yes_no_measures(answers: Sequence[str], samples: Sequence[Sample]) -> dict[str, float]:
     """POPE's figures in per cent, with yes as the positive class; a ratio of no cases is 0."""
     said = [means_yes(answer) for answer in answers]
-    true = [means_yes(sample.answers[0]) for sample in samples]
+    true = [normalised(sample.answers[0]) == "yes" for sample in samples]
     hits = sum(yes and right for yes, right in zip(said, true, strict=True))
     return {
         "F1": _percent(2 * hits, sum(said) + sum(true)),
@@ -264,33 +270,70 @@ def circular_measures(answers: Sequence[str], samples: Sequence[Sample]) -> dict
     """
     rounds: dict[int, list[float]] = defaultdict(list)
     for answer, sample in zip(answers, samples, strict=True):
-        if not sample.id.isdecimal():
-            raise ValueError(
-                f"sample id {sample.id!r} is no number, and MMBench's circles are told by their numbers: "
-                "give the column of MMBench's index as benchmark.id_column, or take metric=choice"
-            )
+        if reason := _no_number_for_an_id(sample):
+            raise ValueError(reason)
         rounds[int(sample.id) % 1_000_000].append(multiple_choice(answer, sample.answers))
     return {"circular": 100 * sum(all(scores) for scores in rounds.values()) / len(rounds)}
 
 
+def _met_by_silence(sample: Sample) -> str:
+    blank = [answer for answer in sample.answers if not normalised(answer)]
+    return f"the answer {blank[0]!r} is met by saying nothing" if blank else ""
+
+
+def _no_number(sample: Sample) -> str:
+    endless = [answer for answer in sample.answers if not math.isfinite(_number(answer.strip()) or 0)]
+    return f"the answer {endless[0]!r} is no number that anything is near to" if endless else _met_by_silence(sample)
+
+
+def _neither_yes_nor_no(sample: Sample) -> str:
+    others = [answer for answer in sample.answers if normalised(answer) not in ("yes", "no")]
+    if others:
+        return f"the answer {others[0]!r} is neither yes nor no"
+    both = len({normalised(answer) for answer in sample.answers}) > 1
+    return "the answer is both yes and no" if both else ""
+
+
+def _no_number_for_an_id(sample: Sample) -> str:
+    if sample.id.isdecimal():
+        return ""
+    return (
+        f"sample id {sample.id!r} is no number, and MMBench's circles are told by their numbers: give the column of "
+        "MMBench's index as benchmark.id_column, or take metric=choice"
+    )
+
+
+def _nothing(sample: Sample) -> str:
+    return ""
+
+
 @dataclass(frozen=True)
 class Metric:
-    """One way to score: each answer, and all together. ``fewest`` is how many accepted answers a sample must have."""
+    """One way to score: each answer, and all together.
+
+    fewest:  how many accepted answers a sample must have.
+    refusal: why a sample cannot be scored; empty if it can.
+    choices: True if questions must have choices.
+    numbers: True if some answer of a benchmark must be a number.
+    """
 
     score: Score
     measures: Measures | None = None
     fewest: int = 1
+    refusal: Callable[[Sample], str] = _nothing
+    choices: bool = False
+    numbers: bool = False
 
 
 METRICS: Mapping[str, Metric] = {
-    "exact": Metric(exact_match),
+    "exact": Metric(exact_match, refusal=_met_by_silence),
     "vqa": Metric(vqa_accuracy, fewest=4),
-    "anls": Metric(anls),
-    "relaxed": Metric(relaxed_accuracy),
-    "yes_no": Metric(yes_no, yes_no_measures),
-    "mme": Metric(mme_match, mme_measures),
-    "choice": Metric(multiple_choice),
-    "mmbench": Metric(multiple_choice, circular_measures),
+    "anls": Metric(anls, refusal=_met_by_silence),
+    "relaxed": Metric(relaxed_accuracy, refusal=_no_number, numbers=True),
+    "yes_no": Metric(yes_no, yes_no_measures, refusal=_neither_yes_nor_no),
+    "mme": Metric(mme_match, mme_measures, refusal=_neither_yes_nor_no),
+    "choice": Metric(multiple_choice, choices=True),
+    "mmbench": Metric(multiple_choice, circular_measures, refusal=_no_number_for_an_id, choices=True),
 }
 """The metrics by name."""
 

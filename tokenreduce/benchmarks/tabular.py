@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -13,7 +14,7 @@ from PIL import Image
 
 from tokenreduce.benchmarks.benchmark import Benchmark, Sample, normalised
 from tokenreduce.benchmarks.images import rgb
-from tokenreduce.benchmarks.scoring import LETTERS, metric_named
+from tokenreduce.benchmarks.scoring import LETTERS, is_number, metric_named
 from tokenreduce.knobs import check_knobs, nearest
 
 Row = Mapping[str, Any]
@@ -53,7 +54,11 @@ class TabularBenchmark(Benchmark):
 
     def __post_init__(self) -> None:
         check_knobs(self)
-        metric_named(self.metric)
+        if metric_named(self.metric).choices and not self.choice_columns:
+            raise ValueError(
+                f"metric={self.metric!r} scores the letters of choices, and there are none: name the columns that hold "
+                "them with choice_columns, or take another metric"
+            )
         if self.shuffle is not None and self.shuffle < 0:
             raise ValueError(f"shuffle={self.shuffle} is negative; it is a seed, or null for the rows as they come")
 
@@ -80,9 +85,11 @@ class TabularBenchmark(Benchmark):
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         number = index if self.shuffle is None else int(self._order[index])
-        sample = self._sample(self._text(number), number)
-        self._numbers[sample.id] = number
-        return sample
+        if number not in self._samples:
+            sample = self._sample(self._text(number), number)
+            self._samples[number] = sample
+            self._numbers[sample.id] = number
+        return self._samples[number]
 
     def images(self, sample: Sample) -> list[Image.Image]:
         """The sample's images in RGB; see :func:`tokenreduce.benchmarks.images.rgb`."""
@@ -107,6 +114,11 @@ class TabularBenchmark(Benchmark):
     @cached_property
     def _order(self) -> np.ndarray[Any, Any]:
         return np.random.default_rng(self.shuffle).permutation(len(self))
+
+    @cached_property
+    def _samples(self) -> dict[int, Sample]:
+        """The samples that were made so far, by row number."""
+        return {}
 
     @cached_property
     def _numbers(self) -> dict[str, int]:
@@ -153,7 +165,36 @@ class TabularBenchmark(Benchmark):
         category = "all" if self.category_column is None else str(self._cell(row, self.category_column, number))
         column = self.image_id_column
         image_id = self._image_key(row, number) if column is None else str(self._cell(row, column, number))
-        return Sample(self._id(row, number), "\n".join(lines), answers, category, image_id)
+        question, problem = "\n".join(lines), ""
+        if (written := _written(question)) != question:
+            problem = f"{self._place(number)}: the question {written!r} holds half a character, which is no text"
+        sample = Sample(self._id(row, number), written, answers, category, image_id, problem)
+        self._check(sample, number)
+        return sample
+
+    def _check(self, sample: Sample, number: int) -> None:
+        """Raise ``ValueError`` for a sample that cannot be kept in a record, or not be scored by the metric."""
+        for text in (sample.id, *sample.answers, sample.category, sample.image_id):
+            if _written(text) != text:
+                raise ValueError(f"{self._place(number)}: {_written(text)!r} holds half a character, which is no text")
+        metric = metric_named(self.metric)
+        if len(sample.answers) < metric.fewest:
+            raise ValueError(
+                f"{self._place(number)} has {len(sample.answers)} answers; metric {self.metric!r} is made for ten "
+                f"people's and takes no fewer than {metric.fewest}: with benchmark.metric=exact, any one is right"
+            )
+        if reason := metric.refusal(sample):
+            raise ValueError(
+                f"{self._place(number)}: metric {self.metric!r} cannot score sample {sample.id!r}: {reason}"
+            )
+
+    def _check_for_numbers(self, answers: Iterable[object]) -> None:
+        """Raise ``ValueError`` where the metric is for numbers and none of the benchmark's answers is one."""
+        if metric_named(self.metric).numbers and not any(is_number(str(answer)) for answer in answers):
+            raise ValueError(
+                f"{self._place(0)} and all others have answers that are no numbers, which metric {self.metric!r} is "
+                "for: take benchmark.metric=exact"
+            )
 
     def _cell(self, row: Row, column: str, number: int) -> Any:
         if column not in row:
@@ -170,14 +211,11 @@ class TabularBenchmark(Benchmark):
         for each in values:
             if isinstance(each, bool) or not isinstance(each, str | int | float):
                 raise ValueError(f"{self._place(number)}: the answer {each!r} is neither text nor a number")
+            if isinstance(each, float) and not math.isfinite(each):
+                raise ValueError(f"{self._place(number)}: the answer {each!r} is no number that there is")
         if not any(str(each).strip() for each in values):
             raise ValueError(
                 f"{self._place(number)} has no answer, only {value!r}; some data sets hide those of a split"
-            )
-        if len(values) < (fewest := metric_named(self.metric).fewest):
-            raise ValueError(
-                f"{self._place(number)} has {len(values)} answers; metric {self.metric!r} is made for ten people's and "
-                f"takes no fewer than {fewest}: with benchmark.metric=exact, any one of them is right"
             )
         return tuple(str(each) for each in values)
 
@@ -204,6 +242,11 @@ class TabularBenchmark(Benchmark):
                 f"a place from 0 to {len(choices) - 1}, or the words of one of {list(choices)}"
             )
         return letters[place], choices[place]
+
+
+def _written(text: str) -> str:
+    """A text with what cannot be written to a file spelled out."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _present(value: Any) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from tokenreduce.benchmarks.benchmark import Benchmark, Sample
+from tokenreduce.benchmarks.benchmark import Benchmark, QuestionError, Sample
 from tokenreduce.benchmarks.images import rgb
 
 PLACE = "{question}"
@@ -45,7 +45,20 @@ class Prompts:
         return [self._samples[place] for place in range(start, stop)]
 
     def images(self, sample: Sample) -> list[Image.Image]:
-        """The sample's images in full and in RGB; raises whatever the benchmark or the file raises."""
+        """The sample's images in full and in RGB.
+
+        Raises whatever the benchmark or the file raises, and ``QuestionError`` for a question that has a problem, or
+        holds the token that stands for an image: the model would look for one more.
+        """
+        if sample.problem:
+            raise QuestionError(sample.problem)
+        for name in ("image_token", "video_token", "boi_token"):
+            token = str(getattr(self._processor, name, None) or "")
+            if token and token in sample.question:
+                raise QuestionError(
+                    f"sample {sample.id!r}: the question {sample.question!r} holds {token!r}, which stands for an "
+                    "image to this model: word it otherwise"
+                )
         if self._image is None or self._image[0] != sample.image_id:
             images = self._benchmark.images(sample)
             if not images:

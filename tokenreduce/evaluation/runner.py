@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tokenreduce.attach import SampleReduction
-from tokenreduce.benchmarks.benchmark import Benchmark, Sample
+from tokenreduce.benchmarks.benchmark import Benchmark, QuestionError, Sample
 from tokenreduce.evaluation.clock import attached
 from tokenreduce.evaluation.costs import Cost, prefill_cost
 from tokenreduce.evaluation.processes import Processes
@@ -188,7 +188,8 @@ class Runner:
         groups: list[tuple[TokenReducer, list[Sample]]] = []
         for sample in samples:
             if error := self.prompts.unreadable(sample):
-                done[sample.id] = _failure(sample, f"image cannot be read: {_described(error)}"), None
+                what = "" if isinstance(error, QuestionError) else "image cannot be read: "
+                done[sample.id] = _failure(sample, what + _described(error)), None
             else:
                 reducer = reducer_for(sample.id)
                 for known, members in groups:
