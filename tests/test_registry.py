@@ -7,6 +7,7 @@ import sys
 import warnings
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -71,6 +72,30 @@ def test_a_required_knob_is_asked_for() -> None:
 def test_a_value_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="positions='sideways' is not one of 'original', 'compact'"):
         tokenreduce.create("fopru_row", positions="sideways")
+
+
+def test_a_class_does_as_well_as_its_name() -> None:
+    fastv = type(tokenreduce.create("fastv"))
+    assert tokenreduce.create(fastv, keep=0.25) == tokenreduce.create("fastv", keep=0.25)
+    with pytest.raises(ValueError, match="has no knob 'kep': did you mean 'keep'"):
+        tokenreduce.create(fastv, kep=0.25)
+    with pytest.raises(ValueError, match="reducer 'Chain' needs a value for 'reducers'"):
+        tokenreduce.create(type(tokenreduce.create("chain", reducers=[{"name": "none"}])))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (None, "None is neither the name nor the class of a reducer: give a name, such as"),
+        (0.5, "0.5 is neither the name nor the class of a reducer"),
+        (tokenreduce.create("pool"), r"Pool\(.*\) is neither .*: it is set up already, use it as it is"),
+        (int, "int is not a subclass of tokenreduce.reducer.TokenReducer"),
+        (TokenReducer, "TokenReducer does not define steps"),
+    ],
+)
+def test_what_is_neither_name_nor_class_is_refused(given: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        tokenreduce.create(given)
 
 
 @pytest.mark.parametrize(

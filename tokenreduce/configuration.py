@@ -28,12 +28,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tokenreduce.budget import Budget
 from tokenreduce.knobs import nearest
-from tokenreduce.registry import BENCHMARKS, CONFIGURATIONS, REDUCERS, Registry
+from tokenreduce.registry import BENCHMARKS, CONFIGURATION_PACKAGE, CONFIGURATIONS, REDUCERS, Registry
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
 
-CONFIG_MODULE = "tokenreduce_conf"
+CONFIG_MODULE = CONFIGURATION_PACKAGE
 CONFIG_NAME = "config"
 PLUGINS: dict[str, Registry[Any]] = {"reducer": REDUCERS, "benchmark": BENCHMARKS}
 """The configuration groups whose nodes are made from plugins."""

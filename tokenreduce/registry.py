@@ -21,6 +21,7 @@ from typing import Any, Generic, TypeVar
 from tokenreduce.benchmarks.benchmark import Benchmark
 from tokenreduce.knobs import check_knob_names, nearest, with_tuples
 from tokenreduce.models.family import ModelFamily
+from tokenreduce.presets import preset_files, preset_settings
 from tokenreduce.reducer import TokenReducer
 
 P = TypeVar("P")
@@ -30,6 +31,8 @@ INTERFACE = 1
 """The version of what plugins are written against, as docs/interface.md lists it; a change that breaks plugins raises
 it."""
 
+CONFIGURATION_PACKAGE = "tokenreduce_conf"
+"""The package of this distribution's own configuration files."""
 BUILT_IN = "tokenreduce"
 """The distribution whose names no other package can take over."""
 
@@ -156,13 +159,21 @@ class Registry(EntryPoints[type[T]], Generic[T]):
         self._rule(loaded)
         return loaded
 
-    def create(self, name: str, **knobs: Any) -> T:
-        """An instance with these settings. Raises ``ValueError`` for an unknown name or knob, a required one that is
-        not given, or a value that does not fit."""
-        cls = self.get(name)
+    def create(self, name: str | type[T], **knobs: Any) -> T:
+        """An instance of the plugin of this name, or of this class, with these settings.
+
+        Raises ``ValueError`` for an unknown name or knob, a required one that is not given, or a value that does not
+        fit, and ``TypeError`` for what is neither a name nor a class of such plugins.
+        """
+        if not isinstance(name, str | type):
+            made = isinstance(name, self._base)
+            advice = "it is set up already, use it as it is" if made else f"give a name, such as {self.names()[0]!r}"
+            raise TypeError(f"{name!r} is neither the name nor the class of a {self.kind}: {advice}")
+        cls = self.get(name) if isinstance(name, str) else self._check(name)
         check_knob_names(cls, knobs)
         if missing := [knob for knob in required_knobs(cls) if knob not in knobs]:
-            raise ValueError(f"{self.kind} {name!r} needs a value for {', '.join(map(repr, missing))}")
+            label = name if isinstance(name, str) else name.__qualname__
+            raise ValueError(f"{self.kind} {label!r} needs a value for {', '.join(map(repr, missing))}")
         return cls(**with_tuples(cls, knobs))
 
     def name_of(self, instance: T) -> str:
@@ -172,6 +183,19 @@ class Registry(EntryPoints[type[T]], Generic[T]):
             if self._loaded.get(name) is cls or entry.value == f"{cls.__module__}:{cls.__qualname__}":
                 return name
         return cls.__qualname__
+
+
+class Reducers(Registry[TokenReducer]):
+    """The reducers, of which some have further names for some of their settings: their presets."""
+
+    def create(self, name: str | type[TokenReducer], **knobs: Any) -> TokenReducer:
+        """As :meth:`Registry.create`; a preset's settings are those that ``knobs`` do not say otherwise."""
+        if not isinstance(name, str) or name in self._entries:
+            return super().create(name, **knobs)
+        presets = preset_files([CONFIGURATION_PACKAGE, *CONFIGURATIONS.usable().values()])
+        if name not in presets:
+            raise ValueError(f"unknown {self.kind} {name!r}: {nearest(name, [*self.names(), *presets])}")
+        return super().create(**{**preset_settings(name, presets, self._entries), **knobs})
 
 
 class ConfigurationPackages(EntryPoints[ModuleType]):
@@ -234,7 +258,7 @@ def names_its_classes(plugin: type) -> None:
         raise TypeError(f"{plugin.__qualname__}.classes is {classes!r}, not a tuple of names of transformers classes")
 
 
-REDUCERS: Registry[TokenReducer] = Registry("reducer", "tokenreduce.reducers", TokenReducer, frozen_dataclass)
+REDUCERS = Reducers("reducer", "tokenreduce.reducers", TokenReducer, frozen_dataclass)
 MODELS: Registry[ModelFamily] = Registry("model", "tokenreduce.models", ModelFamily, names_its_classes)
 BENCHMARKS: Registry[Benchmark] = Registry("benchmark", "tokenreduce.benchmarks", Benchmark, frozen_dataclass)
 CONFIGURATIONS = ConfigurationPackages("configuration", "tokenreduce.configs")
@@ -242,9 +266,12 @@ CONFIGURATIONS = ConfigurationPackages("configuration", "tokenreduce.configs")
 _BY_KIND: dict[str, Registry[Any]] = {"reducers": REDUCERS, "models": MODELS, "benchmarks": BENCHMARKS}
 
 
-def create(name: str, **knobs: Any) -> TokenReducer:
-    """A reducer by name, ``create("fopru_rank", keep=144)``. Raises ``ValueError`` for an unknown name, knob or
-    value."""
+def create(name: str | type[TokenReducer], **knobs: Any) -> TokenReducer:
+    """A reducer by its name, ``create("fopru_rank", keep=144)``, by a preset's, ``create("fastv_k2_r50")``, or of a
+    class, ``create(FastV)``; ``knobs`` go before a preset's own.
+
+    Raises ``ValueError`` for an unknown name, knob or value, and ``TypeError`` for anything else than a name or class.
+    """
     return REDUCERS.create(name, **knobs)
 
 
