@@ -382,6 +382,7 @@ class Attachment:
         same."""
         if not any(inputs.get(name) is not None for name in self.family.vision_inputs):
             return False
+        self.family.check_call(inputs)
         if self._vision is None:
             pictures = [ReducedPicture.whole(picture) for picture in self.family.pictures(inputs)]
             mask, ids = inputs.get("attention_mask"), inputs["input_ids"]

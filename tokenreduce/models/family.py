@@ -107,11 +107,15 @@ class ModelFamily(ABC):
     unhosted:    the kinds of step that it cannot host, each with the reason, as the end of a sentence; it hosts all
                  others.
     class_token: whether the vision encoder's sequence begins with one, if only with some of the family's towers.
+    configured:  the arguments of a call that stand in for the configuration's setting of the same name.
+    needs:       arguments that come with another one, and which.
     """
 
     classes: ClassVar[tuple[str, ...]]
     unhosted: ClassVar[Mapping[type[Step], str]] = {}
     class_token: ClassVar[bool] = False
+    configured: ClassVar[tuple[str, ...]] = ()
+    needs: ClassVar[Mapping[str, str]] = {}
 
     first_position: ClassVar[int] = 0
     """The position id that a forward call without any gives a prompt's first token."""
@@ -193,6 +197,21 @@ class ModelFamily(ABC):
 
     # What a call brings, and what becomes of it.
 
+    def check_call(self, inputs: Inputs) -> None:
+        """Raise ``ValueError`` for an argument that the family cannot honour, naming it: one that asks for another
+        setting than the configuration's, or lacks one that it comes with."""
+        given = {name for name, value in inputs.items() if value is not None}
+        for name in given.intersection(self.configured):
+            asked, own = inputs[name], getattr(self.model.config, name)
+            if _comparable(asked) != _comparable(own):
+                raise ValueError(
+                    f"{name}={asked!r} is not the model's own setting, {own!r}, by which visual tokens are reduced: "
+                    f"set model.config.{name} = {asked!r} before a reducer is attached, and leave the argument out"
+                )
+        for name, other in self.needs.items():
+            if name in given and other not in given:
+                raise ValueError(f"{name} came without {other}: pass all that the processor made of the pictures")
+
     @abstractmethod
     def pictures(self, inputs: Inputs) -> list[Picture]:
         """Every image of the call, and then every video, each in the order of the prompts."""
@@ -232,6 +251,11 @@ class ModelFamily(ABC):
         """The position ids that ``generate`` gives the prompts, last dimension the sequence; 0 at padding."""
         mask = inputs["attention_mask"]
         return (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)
+
+
+def _comparable(setting: Any) -> Any:
+    """A setting, a list of layers in one form."""
+    return list(setting) if isinstance(setting, list | tuple) else setting
 
 
 def family_of(model: PreTrainedModel, families: Mapping[str, type[ModelFamily]]) -> ModelFamily:

@@ -26,6 +26,7 @@ class Idefics3(ModelFamily):
     """
 
     classes = ("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration")
+    needs: ClassVar[Mapping[str, str]] = {"pixel_attention_mask": "pixel_values"}
     unhosted: ClassVar[Mapping[type[Step], str]] = {
         AtInput: "its tiles have the vision tower's size",
         AtEncoder: "its projector needs whole tiles",

@@ -26,6 +26,7 @@ class InternVL(ModelFamily):
 
     classes = ("InternVLForConditionalGeneration",)
     class_token = True
+    configured: ClassVar[tuple[str, ...]] = ("vision_feature_layer", "vision_feature_select_strategy")
     unhosted: ClassVar[Mapping[type[Step], str]] = {
         AtInput: "its tiles have the vision tower's size",
         AtEncoder: "its projector needs whole tiles",

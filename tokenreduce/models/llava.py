@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import transformers
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ class Llava(ModelFamily):
 
     classes = ("LlavaForConditionalGeneration",)
     class_token = True
+    configured: ClassVar[tuple[str, ...]] = ("vision_feature_layer", "vision_feature_select_strategy")
+    needs: ClassVar[Mapping[str, str]] = {"image_sizes": "pixel_values"}
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
@@ -47,6 +49,10 @@ class Llava(ModelFamily):
             tokens=(config.vision_config.image_size // config.vision_config.patch_size) ** 2,
         )
 
+    @property
+    def vision_inputs(self) -> tuple[str, ...]:
+        return ("pixel_values", "image_sizes")
+
     def pictures(self, inputs: Inputs) -> list[Picture]:
         patch = self.model.config.vision_config.patch_size
         return [
@@ -61,14 +67,14 @@ class Llava(ModelFamily):
         return layer.layer_norm2, layer.mlp
 
     def encode(self, inputs: Inputs, modality: Modality = "image") -> list[tuple[Tensor, ...]]:
-        pixels = inputs["pixel_values"]
+        given = {name: inputs[name] for name in self.vision_inputs if inputs.get(name) is not None}
         size = self.model.config.vision_config.image_size
-        options = {} if pixels.shape[-2:] == (size, size) else {"interpolate_pos_encoding": True}
-        encoded = self.model.base_model.get_image_features(pixel_values=pixels, return_dict=True, **options)
+        options = {} if given["pixel_values"].shape[-2:] == (size, size) else {"interpolate_pos_encoding": True}
+        encoded = self.model.base_model.get_image_features(**given, return_dict=True, **options)
         return [(features,) for features in encoded.pooler_output]
 
     def some(self, inputs: Inputs, pictures: slice, modality: Modality = "image") -> Inputs:
-        return {"pixel_values": inputs["pixel_values"][pictures]}
+        return {name: inputs[name][pictures] for name in self.vision_inputs if inputs.get(name) is not None}
 
     def resize(self, inputs: Inputs, grids: Sequence[Grid]) -> Inputs:
         patch = self.model.config.vision_config.patch_size

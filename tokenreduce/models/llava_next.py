@@ -20,6 +20,7 @@ class LlavaNext(Llava):
     """LLaVA-NeXT (1.6). Every tile is reduced by itself, without what lies in the padding."""
 
     classes = ("LlavaNextForConditionalGeneration",)
+    needs: ClassVar[Mapping[str, str]] = {"image_sizes": "pixel_values", "pixel_values": "image_sizes"}
     unhosted: ClassVar[Mapping[type[Step], str]] = {
         AtInput: "its tiles have the vision tower's size",
         AtEncoder: "its tiles are put together whole",
@@ -60,13 +61,6 @@ class LlavaNext(Llava):
             pixel_values=inputs["pixel_values"], image_sizes=inputs["image_sizes"], return_dict=True
         )
         return [(features,) for features in encoded.pooler_output]
-
-    def some(self, inputs: Inputs, pictures: slice, modality: Modality = "image") -> Inputs:
-        return {name: inputs[name][pictures] for name in self.vision_inputs}
-
-    @property
-    def vision_inputs(self) -> tuple[str, ...]:
-        return ("pixel_values", "image_sizes")
 
     @classmethod
     def recipes(cls) -> Mapping[str, Recipe]:

@@ -25,6 +25,7 @@ class LlavaOnevision(LlavaNext):
 
     classes = ("LlavaOnevisionForConditionalGeneration",)
     class_token = False
+    configured = (*LlavaNext.configured, "vision_aspect_ratio")
     unhosted: ClassVar[Mapping[type[Step], str]] = {
         AtInput: "its tiles have the vision tower's size",
         AtEncoder: "its tiles are put together whole",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import transformers
@@ -23,6 +23,8 @@ class PaliGemma(Llava):
 
     classes = ("PaliGemmaForConditionalGeneration",)
     class_token = False
+    configured = ()
+    needs: ClassVar[Mapping[str, str]] = {}
     first_position = 1
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -38,6 +40,10 @@ class PaliGemma(Llava):
             class_token=False,
             tokens=(config.vision_config.image_size // config.vision_config.patch_size) ** 2,
         )
+
+    @property
+    def vision_inputs(self) -> tuple[str, ...]:
+        return ("pixel_values",)
 
     def contained(self, features: list[Tensor], modality: Modality) -> Any:
         return torch.cat(list(features))[None]

@@ -24,6 +24,10 @@ class Qwen2VL(ModelFamily):
     """Qwen2-VL. A video's frames (pairs of them, as the tower takes them) are tiles of it."""
 
     classes: ClassVar[tuple[str, ...]] = ("Qwen2VLForConditionalGeneration",)
+    needs: ClassVar[Mapping[str, str]] = {
+        **dict(_NAMES.values()),
+        **{layout: pixels for pixels, layout in _NAMES.values()},
+    }
     unhosted: ClassVar[Mapping[type[Step], str]] = {
         AtInput: "its image processor cuts pictures into patches: set that to fewer pixels instead",
         AtEncoder: "its merger needs whole blocks of patches",
@@ -49,6 +53,14 @@ class Qwen2VL(ModelFamily):
     @property
     def vision_inputs(self) -> tuple[str, ...]:
         return ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
+
+    def check_call(self, inputs: Inputs) -> None:
+        super().check_call(inputs)
+        if inputs.get("mm_token_type_ids") is None and inputs.get("position_ids") is None:
+            raise ValueError(
+                "mm_token_type_ids is missing, from which the positions of pictures in space and time are computed: "
+                "pass all that the processor made, or position_ids"
+            )
 
     def pictures(self, inputs: Inputs) -> list[Picture]:
         return [
@@ -101,7 +113,12 @@ class Qwen2VL(ModelFamily):
     def encoded(self, inputs: Inputs, modality: Modality) -> Any:
         """The model's own output for all pictures of a modality."""
         encode = getattr(self.model.base_model, f"get_{modality}_features")
-        return encode(*(inputs[name] for name in _NAMES[modality]), return_dict=True)
+        prepared = {  # what a caller computed for the tower in advance, such as image_cu_seqlens
+            name: value
+            for name, value in inputs.items()
+            if name.startswith(f"{modality}_") and name not in self.vision_inputs
+        }
+        return encode(*(inputs[name] for name in _NAMES[modality]), return_dict=True, **prepared)
 
     def some(self, inputs: Inputs, pictures: slice, modality: Modality = "image") -> Inputs:
         pixels, layout = _NAMES[modality]

@@ -20,6 +20,7 @@ class VideoLlava(Llava):
     """Video-LLaVA. The class token of a frame stays while any other token of the frame does."""
 
     classes = ("VideoLlavaForConditionalGeneration",)
+    needs: ClassVar[Mapping[str, str]] = {}
     unhosted: ClassVar[Mapping[type[Step], str]] = {
         AtInput: "its pictures have the vision towers' size",
         AtEncoder: "its frames are passed on whole, with their class token",
