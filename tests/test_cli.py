@@ -22,7 +22,7 @@ from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration
 
 from tokenreduce import __main__ as command
-from tokenreduce.evaluation import read_metrics, read_records, records
+from tokenreduce.evaluation import read_records, read_result, records
 from tokenreduce.registry import REDUCERS
 from tokenreduce.testing import tiny_llava
 from tokenreduce.testing.processors import tiny_processor
@@ -98,8 +98,7 @@ def test_a_run_prints_a_table_and_leaves_metrics_records_configuration_and_a_pic
 
     folder = finished_run("fopru_row")
     assert str(folder / "metrics.json") in outcome.out
-    metrics = read_metrics(folder)
-    assert metrics["methods"]["reducer"]["visual_tokens"]["kept"] == 18
+    assert read_result(folder).main.visual_tokens.kept == 18
     assert len(read_records(folder)) == 6
     assert "keep: 0.5" in (folder / "config.yaml").read_text()
     with Image.open(folder / "figures" / "kept_tokens.png") as picture:
@@ -125,9 +124,9 @@ def test_every_reducer_runs(reducer: str, run: Run, clip: Path) -> None:
     }
     outcome = run(f"reducer={reducer}", *required.get(reducer, []), *QUICK)
     assert outcome.status == 0, outcome.err
-    metrics = read_metrics(finished_run(reducer))
-    assert metrics["benchmark"]["errors"] == 0
-    assert metrics["benchmark"]["samples"] == 6
+    benchmark = read_result(finished_run(reducer)).benchmark
+    assert benchmark.errors == 0
+    assert benchmark.samples == 6
 
 
 def test_the_shipped_checkpoint_is_the_default(run: Run) -> None:

@@ -24,9 +24,9 @@ from tokenreduce.configuration import (
     sweep_folder,
     sweep_place,
 )
-from tokenreduce.evaluation import read_metrics
-from tokenreduce.evaluation.comparison import METRICS
+from tokenreduce.evaluation import read_result
 from tokenreduce.evaluation.processes import Processes, dismiss, launched
+from tokenreduce.evaluation.result import METRICS
 from tokenreduce.job import plain_console, release, run_job, tracking_of
 from tokenreduce.reporting.files import PAGE
 from tokenreduce.reporting.html import write_report
@@ -115,7 +115,7 @@ def _run_in_sweep(config: DictConfig, processes: Processes, sweep: SweepPlace) -
 
 def _conclude(sweep: Path, outcomes: Sequence[Outcome], tracking: Tracking) -> bool:
     """Print what a sweep found, as far as it came; returns whether some job failed."""
-    comparisons = [read_metrics(sweep.parent / outcome.run) for outcome in outcomes if outcome.run is not None]
+    comparisons = [read_result(sweep.parent / outcome.run) for outcome in outcomes if outcome.run is not None]
     if comparisons:
         console = plain_console()
         console.print()

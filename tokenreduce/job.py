@@ -11,17 +11,15 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from tokenreduce.attach import reduce_tokens
 from tokenreduce.benchmarks.benchmark import Benchmark
 from tokenreduce.configuration import SweepPlace, budget_of, knobs_of
-from tokenreduce.evaluation import Comparer, Processes, Settings, read_records
-from tokenreduce.evaluation.comparison import REDUCER, UNREDUCED, Metrics
-from tokenreduce.evaluation.runner import Runner
+from tokenreduce.evaluation import Comparer, Processes, Record, Result, Settings, TransformersBackend, read_records
+from tokenreduce.evaluation.result import METRICS, MethodResult
 from tokenreduce.models.loading import load
-from tokenreduce.reducer import TokenReducer
 from tokenreduce.registry import BENCHMARKS, REDUCERS
+from tokenreduce.reporting.formatting import label, tokens
 from tokenreduce.reporting.pictures import KEPT_TOKENS, draw_kept_tokens
-from tokenreduce.reporting.table import label, summary
+from tokenreduce.reporting.table import summary
 from tokenreduce.reporting.terminal import TerminalProgress
 from tokenreduce.reporting.tracking import Tracking, log_run
 
@@ -42,18 +40,18 @@ def run_job(config: DictConfig, processes: Processes, sweep: SweepPlace | None =
         budget, tracking = budget_of(config.budget), tracking_of(config, sweep.folder if sweep else None)
         finished = bench.comparer.finished(reducer, budget) if sweep is not None else None
         if finished is None:
-            _rehearse(bench.comparer.runner, reducer)
+            bench.comparer.runner.rehearse(reducer)  # what cannot work fails here, not after the baseline
     if finished is not None:
         console.print("finished before; its times are those of then", highlight=False)
         return finished[0]
     if processes.main and (sweep is None or sweep.alone):
         with TerminalProgress(console) as progress:
-            folder, metrics = bench.comparer.compare(reducer, budget=budget, config=_plain(config), progress=progress)
+            folder, result = bench.comparer.compare(reducer, budget=budget, config=_plain(config), progress=progress)
     else:
-        folder, metrics = bench.comparer.compare(reducer, budget=budget, config=_plain(config))
+        folder, result = bench.comparer.compare(reducer, budget=budget, config=_plain(config))
     with processes.together():
         if processes.main:
-            _present(config, bench.benchmark, folder, metrics, tracking, tables=sweep is None)
+            _present(config, bench.benchmark, folder, result, tracking, tables=sweep is None)
     return folder
 
 
@@ -86,8 +84,8 @@ def release() -> None:
 
 def _bench(config: DictConfig, processes: Processes, console: Console, sweep: SweepPlace | None) -> Bench:
     benchmark = BENCHMARKS.create(config.benchmark.name, **knobs_of(config.benchmark, "benchmark"))
+    output = Path(config.output)
     settings = Settings(
-        output=Path(config.output),
         batch_size=config.runtime.batch_size,
         limit=config.benchmark.limit,
         max_new_tokens=config.benchmark.max_new_tokens,
@@ -105,7 +103,7 @@ def _bench(config: DictConfig, processes: Processes, console: Console, sweep: Sw
     for place in range(min(len(benchmark), settings.limit or len(benchmark))):
         benchmark[place]  # a missing file, or an answer that cannot be scored, shows before a model is loaded
     _benches.clear()  # before the next model is loaded: there may be no room for two
-    settings.output.mkdir(parents=True, exist_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
     if config.runtime.threads is not None:
         torch.set_num_threads(config.runtime.threads)
     console.print(f"loading   {config.model.path}", highlight=False)
@@ -120,54 +118,41 @@ def _bench(config: DictConfig, processes: Processes, console: Console, sweep: Sw
         do_pad=config.model.do_pad,
         image=plain["model"]["image"],
     )
-    bench = Bench(made_from, benchmark, Comparer(model, processor, benchmark, settings, processes))
+    comparer = Comparer(TransformersBackend(model, processor), benchmark, output, settings, processes)
+    bench = Bench(made_from, benchmark, comparer)
     if sweep is not None:
         _benches.append(bench)
     return bench
 
 
-def _rehearse(runner: Runner, reducer: TokenReducer) -> None:
-    """One token of one answer: a reducer that cannot work on this model fails here, not after the baseline."""
-    for place in range(runner.total):
-        (sample,) = runner.prompts.samples(place, place + 1)
-        try:
-            runner.prompts.images(sample)
-        except Exception:  # an unreadable image becomes a record with its error later; any other will do here
-            continue
-        inputs = runner.inputs([sample])  # outside of inference mode: they are kept, and used without it
-        with reduce_tokens(runner.model, reducer, question=sample.question), torch.inference_mode():
-            runner.model.generate(**inputs, max_new_tokens=1, do_sample=False)
-        return
-
-
 def _present(
-    config: DictConfig, benchmark: Benchmark, folder: Path, metrics: Metrics, tracking: Tracking, tables: bool
+    config: DictConfig, benchmark: Benchmark, folder: Path, result: Result, tracking: Tracking, tables: bool
 ) -> None:
     """Draw, print and log what was found."""
-    reduced, unreduced = (_records(folder.parent, metrics, method) for method in (REDUCER, UNREDUCED))
+    reduced, unreduced = (_records(folder.parent, result, method) for method in (result.main, result.unreduced))
     draw_kept_tokens(
         benchmark,
         reduced,
         unreduced,
         folder / KEPT_TOKENS,
         name=config.reducer.name,
-        title=_title(metrics),
+        title=_title(result.main),
         count=config.evaluation.pictures,
         padded=bool(config.model.do_pad),
     )
     if tables:
-        show(metrics, folder)
-    if (place := log_run(tracking, folder, _plain(config), metrics, reduced, unreduced)) and tables:
+        show(result, folder)
+    if (place := log_run(tracking, folder, _plain(config), result, reduced, unreduced)) and tables:
         print(f"{'W&B':<9} {place}")
 
 
-def show(metrics: Metrics, folder: Path) -> None:
+def show(result: Result, folder: Path) -> None:
     """Print the tables, and where everything else is."""
     console = plain_console()
     console.print()
-    console.print(summary(metrics))
+    console.print(summary(result))
     console.print()
-    for name, place in (("results", folder / "metrics.json"), ("picture", folder / KEPT_TOKENS)):
+    for name, place in (("results", folder / METRICS), ("picture", folder / KEPT_TOKENS)):
         if place.exists():
             print(f"{name:<9} {place}")
 
@@ -186,16 +171,13 @@ def tracking_of(config: DictConfig, sweep: Path | None) -> Tracking:
     return replace(tracking, group=sweep.name) if sweep and tracking.group is None else tracking
 
 
-def _records(output: Path, metrics: Metrics, method: str) -> list[Any]:
-    """One method's records; the unreduced model's where a comparison is of nothing else."""
-    run_folder = metrics["methods"].get(method, metrics["methods"][UNREDUCED])["runs"][0]
-    return read_records(output / run_folder, limit=metrics["settings"]["limit"])
+def _records(output: Path, result: Result, method: MethodResult) -> list[Record]:
+    return read_records(output / method.runs[0], limit=result.settings.limit)
 
 
-def _title(metrics: Metrics) -> str:
-    method = metrics["methods"].get(REDUCER, metrics["methods"][UNREDUCED])
-    tokens = method["visual_tokens"]
-    return f"{label(method)}: {tokens['kept']:.4g} of {tokens['total']:.4g} visual tokens"
+def _title(method: MethodResult) -> str:
+    kept, total = tokens(method.visual_tokens.kept), tokens(method.visual_tokens.total)
+    return f"{label(method.name, method.knobs)}: {kept} of {total} visual tokens"
 
 
 def _plain(node: DictConfig) -> dict[str, Any]:

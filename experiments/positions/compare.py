@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from tokenreduce.evaluation import Record, StorageError, read_metrics, read_records
+from tokenreduce.evaluation import Record, StorageError, read_records, read_result
 from tokenreduce.evaluation.statistics import difference
 
 
@@ -14,12 +14,11 @@ def main(runs: list[Path]) -> None:
     methods: dict[str, dict[str, list[Record]]] = {}
     for run in runs:
         try:
-            metrics = read_metrics(run)
+            result = read_result(run)
         except StorageError:  # a baseline, which has no comparison of its own
             continue
-        method = metrics["methods"]["reducer"]
-        records = read_records(run, limit=metrics["settings"]["limit"])
-        methods.setdefault(method["name"], {})[method["knobs"]["positions"]] = records
+        records = read_records(run, limit=result.settings.limit)
+        methods.setdefault(result.main.name, {})[result.main.knobs["positions"]] = records
     for name, policies in methods.items():
         pairs = list(zip(policies["compact"], policies["original"], strict=True))
         after, before = ([record.score or 0.0 for record in each] for each in zip(*pairs, strict=True))

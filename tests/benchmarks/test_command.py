@@ -12,7 +12,7 @@ from PIL import Image
 from tokenreduce import __main__ as command
 from tokenreduce.benchmarks.benchmark import Sample
 from tokenreduce.benchmarks.scoring import mme_measures
-from tokenreduce.evaluation import read_metrics, read_records
+from tokenreduce.evaluation import read_records, read_result
 from tokenreduce.testing import tiny_llava
 from tokenreduce.testing.processors import tiny_processor
 
@@ -55,12 +55,12 @@ def test_a_folder_is_compared_like_any_benchmark(
     assert command.main([*arguments, "reducer=pool", "reducer.keep=4"]) == 0
     printed = capsys.readouterr().out
     (run,) = Path("outputs").glob("pool-*")
-    metrics = read_metrics(run)
-    assert metrics["benchmark"]["categories"] == {"red": 2, "blue": 2, "green": 2}
-    assert metrics["benchmark"]["name"] == "mine"
-    assert metrics["benchmark"]["errors"] == 1
-    assert "No such file" in metrics["benchmark"]["failed"][0]["error"]
-    assert list(metrics["methods"]["reducer"]["measures"]) == ["F1", "precision", "recall", "yes"]
+    result = read_result(run)
+    assert result.benchmark.categories == {"red": 2, "blue": 2, "green": 2}
+    assert result.benchmark.name == "mine"
+    assert result.benchmark.errors == 1
+    assert "No such file" in result.benchmark.failed[0].error
+    assert list(result.main.measures) == ["F1", "precision", "recall", "yes"]
     assert "F1" in printed and "1 samples without an answer" in printed
     assert [record.id for record in read_records(run)] == [str(number) for number in range(1, 8)]
 
@@ -104,11 +104,11 @@ def test_a_public_benchmarks_preset_runs_on_a_local_copy(
     assert command.main([*arguments, "reducer.keep=4"]) == 0  # the same run goes on
     assert "perception" in capsys.readouterr().out
     (run,) = Path("outputs").glob("pool-*")
-    metrics, records = read_metrics(run), read_records(run)
+    result, records = read_result(run), read_records(run)
     samples = [Sample(each.id, each.question, each.expected, each.category, each.image_id) for each in records]
-    measured = metrics["methods"]["reducer"]["measures"]["perception"]["value"]
+    measured = result.main.measures["perception"].value
     assert measured == mme_measures([record.answer or "" for record in records], samples)["perception"]
-    assert metrics["benchmark"]["name"] == "MME test"
+    assert result.benchmark.name == "MME test"
     assert [record.question for record in records] == ["is it red"] * 6
 
 

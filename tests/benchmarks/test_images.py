@@ -195,7 +195,7 @@ def test_the_images_of_any_benchmark_are_converted(tmp_path: Path) -> None:
         def images(self, sample: Sample) -> list[Image.Image]:
             return [Image.open(file)]
 
-    (found,) = Prompts(None, Files()).images(Files()[0])
+    (found,) = Prompts(Files()).images(Files()[0])
     assert np.asarray(found).tolist() == GREY
 
 

@@ -13,28 +13,33 @@ import torch
 
 from tokenreduce import create
 from tokenreduce.evaluation import clock
-from tokenreduce.evaluation.runner import Runner
+from tokenreduce.evaluation.prompts import Prompts
+from tokenreduce.evaluation.transformers_backend import TransformersBackend
 from tokenreduce.stopwatch import part
 
 
 @pytest.fixture
 def prompts(model: Any, processor: Any, cards: Any) -> list[dict[str, torch.Tensor]]:
-    runner = Runner(model, processor, cards(count=6))
-    return [runner.inputs([sample]) for sample in runner.samples()[::3]]
+    prompts, backend = Prompts(cards(count=6)), TransformersBackend(model, processor)
+    return [backend.inputs([prompts.prompt(sample)]) for sample in prompts.samples(0, 6)[::3]]
 
 
 def test_methods_take_turns_on_every_prompt(model: Any, prompts: list[dict[str, torch.Tensor]]) -> None:
     turns = []
 
-    def method(name: str, reducers: list[Any]) -> clock.ReducerFor:
-        def reducer_for(place: int) -> Any:
-            turns.append((name, place))
-            return reducers[place]
+    class Watched(list[Any]):
+        """Reducers that remember when they were asked for."""
 
-        return reducer_for
+        def __init__(self, name: str, reducers: list[Any]) -> None:
+            super().__init__(reducers)
+            self.name = name
+
+        def __getitem__(self, place: Any) -> Any:
+            turns.append((self.name, place))
+            return super().__getitem__(place)
 
     random = [create("random", keep=4), create("random", keep=9)]
-    methods = {"plain": method("plain", [None, None]), "random": method("random", random)}
+    methods = {"plain": Watched("plain", [None, None]), "random": Watched("random", random)}
     times = clock.take_times(model, methods, prompts, pairs=3)
     assert turns[2 * clock.WARM_UP :] == [(name, place) for place in (0, 1, 0) for name in ("plain", "random")]
     spreads = [spread for each in times.values() for spread in (each.time_to_first_token, each.decode_per_token)]
@@ -61,18 +66,16 @@ def test_a_slower_method_shows_as_one(
 
     monkeypatch.setattr(model, "generate", generate)
     done: list[int] = []
-    times = clock.take_times(
-        model, {"fast": lambda _: None, "slow": lambda _: None}, prompts, 12, lambda: done.append(1)
-    )
+    times = clock.take_times(model, {"fast": [None, None], "slow": [None, None]}, prompts, 12, lambda: done.append(1))
     fast, slow = (times[name].time_to_first_token for name in ("fast", "slow"))
     assert len(done) == 12
     assert fast.ratio.value == 1
     assert slow.ratio.low is not None and slow.ratio.high is not None
     assert 1.2 < slow.ratio.low <= slow.ratio.value <= slow.ratio.high < 5
     assert 0.006 <= slow.low <= slow.median <= slow.high
-    assert fast.parts["selection"].high == 0 and slow.parts["selection"].low >= 0.004
-    assert 0.001 <= slow.parts["vision"].median < 0.003, "what is selected amid it does not count for it"
-    assert 0.001 <= slow.parts["llm"].median < 0.003
+    assert fast.parts.selection.high == 0 and slow.parts.selection.low >= 0.004
+    assert 0.001 <= slow.parts.vision.median < 0.003, "what is selected amid it does not count for it"
+    assert 0.001 <= slow.parts.llm.median < 0.003
     for each in times.values():
         assert 0.001 <= each.decode_per_token.median < 0.003
 
@@ -82,13 +85,15 @@ def test_the_parts_of_a_real_answer_are_all_there(model: Any, prompts: list[dict
     hook = model.get_output_embeddings().register_forward_hook(lambda *_: forwards.append(1))
     plain, reduced = (
         clock.seconds_by_part(model, prompts[0]),
-        clock.take_times(model, {"pool": lambda _: create("pool", keep=4)}, prompts, 1)["pool"].time_to_first_token,
+        clock.take_times(model, {"pool": [create("pool", keep=4)] * 2}, prompts, 1)["pool"].time_to_first_token,
     )
     hook.remove()
     assert len(forwards) == (1 + 1 + clock.WARM_UP) * (1 + clock.DECODED)
     assert {"vision", "llm", "decoding"} <= plain.keys() and min(plain.values()) > 0
-    assert all(reduced.parts[name].median > 0 for name in clock.PARTS)
-    assert reduced.median == pytest.approx(sum(each.median for each in reduced.parts.values())), "one turn: no medians"
+    assert all(part.median > 0 for part in vars(reduced.parts).values())
+    assert reduced.median == pytest.approx(sum(part.median for part in vars(reduced.parts).values())), (
+        "one turn: no medians"
+    )
     assert "get_image_features" not in vars(model.base_model)
 
 
@@ -101,7 +106,7 @@ def test_the_plain_model_is_timed_with_nothing_attached(model: Any, prompts: lis
 
 def test_nothing_cannot_be_timed(model: Any) -> None:
     with pytest.raises(ValueError, match="at least one pair"):
-        clock.take_times(model, {"plain": lambda _: None}, [], 3)
+        clock.take_times(model, {"plain": []}, [], 3)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the kernel's high-water mark")

@@ -21,7 +21,8 @@ from tokenreduce.evaluation.identity import (
     processor_identity,
     run_identity,
 )
-from tokenreduce.evaluation.runner import Runner
+from tokenreduce.evaluation.prompts import Prompts
+from tokenreduce.evaluation.transformers_backend import TransformersBackend
 from tokenreduce.testing.models import tiny_llava
 from tokenreduce.testing.processors import tiny_processor
 
@@ -76,8 +77,8 @@ def test_whatever_changes_answers_changes_the_hash(hashed: Any, cards: Any, mode
 
 def test_a_processor_is_known_by_its_settings_not_by_its_past(model: Any, cards: Any) -> None:
     used, fresh = tiny_processor(model, ["top"]), tiny_processor(model, ["top"])
-    runner = Runner(model, used, cards())
-    runner.inputs(runner.samples()[:4])
+    prompts = Prompts(cards())
+    TransformersBackend(model, used).inputs([prompts.prompt(sample) for sample in prompts.samples(0, 4)])
     assert processor_identity(used) == processor_identity(fresh)
     fresh.chat_template += " "
     assert processor_identity(used) != processor_identity(fresh)

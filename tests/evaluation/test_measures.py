@@ -12,7 +12,6 @@ import pytest
 from tokenreduce import create
 from tokenreduce.benchmarks.benchmark import Sample
 from tokenreduce.evaluation import Settings, compare, read_records, statistics
-from tokenreduce.evaluation.comparison import METRICS_SCHEMA
 from tokenreduce.reporting.table import measures
 
 
@@ -59,29 +58,27 @@ def test_every_method_has_the_benchmarks_own_figures(
     model: Any, processor: Any, cards: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cards, "measures", longest)
-    settings = Settings(tmp_path, batch_size=4, max_new_tokens=3, random_seeds=2, timing_pairs=0)
-    _, metrics = compare(model, processor, cards(count=12, broken=(1,)), create("pool", keep=4), settings)
-    assert metrics["schema"] == METRICS_SCHEMA
+    settings = Settings(batch_size=4, max_new_tokens=3, random_seeds=2, timing_pairs=0)
+    benchmark = cards(count=12, broken=(1,))
+    _, result = compare(model, processor, benchmark, create("pool", keep=4), tmp_path, settings)
     expected = {
-        key: [max(len(record.answer or "") for record in read_records(tmp_path / folder)) for folder in method["runs"]]
-        for key, method in metrics["methods"].items()
+        key: [max(len(record.answer or "") for record in read_records(tmp_path / folder)) for folder in method.runs]
+        for key, method in result.methods.items()
     }
-    for key, method in metrics["methods"].items():
-        figure = method["measures"]["longest"]
-        assert figure["value"] == sum(expected[key]) / len(expected[key])
-        assert figure["low"] is None or figure["low"] <= figure["value"] <= figure["high"]
-        if key == "unreduced":
-            assert figure["difference_to_unreduced"] is None
-        else:
-            difference = figure["difference_to_unreduced"]["value"]
-            assert difference == figure["value"] - expected["unreduced"][0]
-    (table,) = measures(metrics)
+    for key, method in result.methods.items():
+        figure, difference = method.measures["longest"], method.measures["longest"].difference_to_unreduced
+        assert figure.value == sum(expected[key]) / len(expected[key])
+        if figure.low is not None and figure.high is not None:
+            assert figure.low <= figure.value <= figure.high
+        assert (difference is None) == (key == "unreduced")
+        assert difference is None or difference.value == figure.value - expected["unreduced"][0]
+    (table,) = measures(result)
     assert [column.header for column in table.columns][1:] == ["longest"]
     assert table.row_count == 3
 
 
 def test_a_benchmark_without_figures_has_no_table(model: Any, processor: Any, cards: Any, tmp_path: Path) -> None:
-    settings = Settings(tmp_path, batch_size=4, max_new_tokens=1, random_seeds=0, timing_pairs=0)
-    _, metrics = compare(model, processor, cards(count=4), create("none"), settings)
-    assert metrics["methods"]["unreduced"]["measures"] == {}
-    assert measures(metrics) == []
+    settings = Settings(batch_size=4, max_new_tokens=1, random_seeds=0, timing_pairs=0)
+    _, result = compare(model, processor, cards(count=4), create("none"), tmp_path, settings)
+    assert result.unreduced.measures == {}
+    assert measures(result) == []

@@ -8,7 +8,7 @@ import torch
 from tokenreduce import reduce_tokens
 from tokenreduce.evaluation import roofline
 from tokenreduce.evaluation.costs import prefill_cost
-from tokenreduce.evaluation.roofline import Machine
+from tokenreduce.evaluation.result import Machine
 from tokenreduce.testing import prompts, tiny_llava
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,15 @@ import pytest
 import torch
 
 from tokenreduce import create
+from tokenreduce.attach import ImageReduction, SampleReduction, StepReduction
 from tokenreduce.benchmarks.benchmark import Sample
 from tokenreduce.evaluation import Record, Silent, StorageError, evaluate, read_records
-from tokenreduce.evaluation.prompts import Prompts
+from tokenreduce.evaluation.backend import Answer, Backend
+from tokenreduce.evaluation.costs import Cost
+from tokenreduce.evaluation.prompts import Prompt, Prompts
 from tokenreduce.evaluation.runner import Runner
-from tokenreduce.reducer import Grid
+from tokenreduce.evaluation.transformers_backend import TransformersBackend
+from tokenreduce.reducer import Grid, TokenReducer
 
 Evaluate = Callable[..., list[Record]]
 
@@ -141,7 +145,7 @@ def test_a_damaged_file_that_opens_is_noticed(processor: Any, cards: Any, tmp_pa
             return [Image.open(path)]
 
     files = Files()
-    assert isinstance(Prompts(processor, files).unreadable(files[0]), OSError)
+    assert isinstance(Prompts(files).unreadable(files[0]), OSError)
 
 
 def test_one_bad_sample_does_not_harm_its_batch(
@@ -257,23 +261,67 @@ def test_ids_must_be_unique(run: Evaluate, cards: Any) -> None:
         run(benchmark=Twice(count=10))
 
 
-def test_the_question_stands_in_the_template_as_it_is(processor: Any, cards: Any) -> None:
+def test_the_question_stands_in_the_template_as_it_is(model: Any, processor: Any, cards: Any) -> None:
     class Braces(cards):
         def __getitem__(self, index: int) -> Sample:
             return replace(super().__getitem__(index), question="picture {0} {question} top")
 
     benchmark = Braces(count=2)
-    prompts = Prompts(processor, benchmark, "what is {question} left")
-    (text,) = processor.batch_decode(prompts.inputs([benchmark[0]])["input_ids"])
+    prompt = Prompts(benchmark, "what is {question} left").prompt(benchmark[0])
+    (text,) = processor.batch_decode(TransformersBackend(model, processor).inputs([prompt])["input_ids"])
     assert "what is picture <unk> <unk> top left ASSISTANT:" in " ".join(text.split())
 
 
 def test_inputs_are_made_once_and_padded_on_the_left(model: Any, processor: Any, cards: Any) -> None:
-    runner = Runner(model, processor, cards(count=6))
-    samples = runner.samples()
-    inputs = runner.prompts.inputs(samples)
-    assert runner.prompts.inputs(samples) is inputs
-    runner.prompts.forget()
-    again = runner.prompts.inputs(samples)
-    assert again is not inputs and all(torch.equal(again[name], inputs[name]) for name in inputs)
+    prompts, backend = Prompts(cards(count=6)), TransformersBackend(model, processor)
+    asked = [prompts.prompt(sample) for sample in prompts.samples(0, 6)]
+    inputs = backend.inputs(asked)
+    assert all(again is inputs[name] for name, again in backend.inputs(asked).items())
+    backend.forget()
+    again = backend.inputs(asked)
+    assert all(again[name] is not inputs[name] and torch.equal(again[name], inputs[name]) for name in inputs)
     assert (inputs["attention_mask"][:, -1] == 1).all() and (inputs["attention_mask"][:, 0] == 0).any()
+
+
+class Parrot:
+    """A back end without a model: it says the question's last word, and keeps every second token."""
+
+    image_tokens = ()
+
+    def __init__(self) -> None:
+        self.batches: list[list[str]] = []
+        self.forgotten = False
+
+    def answer(
+        self, prompts: Sequence[Prompt], reducer: TokenReducer, max_new_tokens: int, *, share_vision: bool = False
+    ) -> list[Answer]:
+        self.batches.append([prompt.id for prompt in prompts])
+        if "card-4" in self.batches[-1]:
+            raise RuntimeError("no parrot likes card 4")
+        step = StepReduction("projector", (0, 2), (0, -1, 1, -1))
+        reduction = SampleReduction(
+            (ImageReduction(Grid(2, 2), (step,), 5),), visual_tokens=4, entering=2, lengths=(7,)
+        )
+        cost = Cost(entering=2, layer_mean=2.0, vision_flops=5.0, llm_flops=3.0, kv_bytes=64)
+        assert [image.size for image in prompts[0].images()] == [(48, 48)]
+        return [Answer(prompt.text.split()[-2], reduction, cost, 0.5) for prompt in prompts]
+
+    def forget(self) -> None:
+        self.forgotten = True
+
+
+def test_the_loop_takes_any_back_end(cards: Any, tmp_path: Path) -> None:
+    backend: Backend = Parrot()
+    runner = Runner(backend, cards(count=6), batch_size=4, prompt="say: {question}")
+    runner.rehearse(create("uniform"))
+    records = runner.run(create("uniform"), tmp_path)
+    assert isinstance(backend, Parrot)
+    assert backend.batches[0] == ["card-0"], "the rehearsal"
+    assert backend.batches[1:3] == [["card-0", "card-1", "card-2", "card-3"], ["card-4", "card-5"]]
+    assert records == read_records(tmp_path)
+    assert [record.answer for record in records] == ["is", "in", "the", "picture", None, "is"]
+    assert [record.error for record in records] == [None] * 4 + ["RuntimeError: no parrot likes card 4", None]
+    assert records[0].images[0].kept == (0, 2)
+    assert (records[0].entering, records[0].lengths, records[0].llm_flops) == (2, (7,), 3.0)
+    runner.forget()
+    assert backend.forgotten

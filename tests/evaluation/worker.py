@@ -25,7 +25,17 @@ import torch
 from conftest import Cards, make_model, make_processor  # type: ignore[import-not-found]
 
 from tokenreduce import create
-from tokenreduce.evaluation import Comparer, Processes, Settings, Silent, StorageError, evaluate, read_records, records
+from tokenreduce.evaluation import (
+    Comparer,
+    Processes,
+    Settings,
+    Silent,
+    StorageError,
+    TransformersBackend,
+    evaluate,
+    read_records,
+    records,
+)
 from tokenreduce.evaluation.processes import launched
 
 KILLS = 20
@@ -221,8 +231,8 @@ def bereft(folder: Path) -> dict[str, Any]:
 
 def compare_all(folder: Path) -> int:
     """Three reducers, one after the other, as a sweep does."""
-    settings = Settings(folder, batch_size=4, max_new_tokens=2, random_seeds=2, timing_pairs=0)
-    comparer = Comparer(MODEL, PROCESSOR, Cards(count=12), settings)
+    settings = Settings(batch_size=4, max_new_tokens=2, random_seeds=2, timing_pairs=0)
+    comparer = Comparer(TransformersBackend(MODEL, PROCESSOR), Cards(count=12), folder, settings)
     for reducer in (create("uniform", keep=9), create("pool", keep=9), create("random", keep=4)):
         if comparer.finished(reducer) is None:
             comparer.compare(reducer)

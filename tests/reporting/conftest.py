@@ -1,16 +1,16 @@
-"""Records of two runs over the first scenes, and a comparison's metrics, all made up."""
+"""Records of two runs over the first scenes, and a comparison's result, all made up."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tokenreduce.benchmarks.scenes import Scenes
 from tokenreduce.evaluation.records import Record
+from tokenreduce.evaluation.result import Result
 
-from .made_up import TOKENS, dropping, method, record, write_sweep
+from .made_up import TOKENS, dropping, method, record, result, write_sweep
 
 
 @pytest.fixture
@@ -29,25 +29,16 @@ def reduced(scenes: Scenes) -> list[Record]:
 
 
 @pytest.fixture
-def metrics() -> dict[str, Any]:
-    return {
-        "schema": 1,
-        "run": {"hash": "5f1c", "folder": "fopru_row-5f1c", "identity": {"batch_size": 32}},
-        "benchmark": {
-            "name": "scenes",
-            "samples": 30,
-            "images": 6,
-            "errors": 0,
-            "failed": [],
-            "categories": {"existence": 6, "counting": 6},
-        },
-        "methods": {
+def compared() -> Result:
+    """A comparison's result."""
+    return result(
+        "fopru_row-5f1c",
+        {
             "unreduced": method("none", 1, 0.9, TOKENS),
             "reducer": method("fopru_row", 1, 0.84, 36, keep=0.25, layer=-2),
             "random": method("random", 5, 0.76, 35.5, keep="as the reducer", seeds=5),
         },
-        "settings": {"limit": None},
-    }
+    )
 
 
 @pytest.fixture(scope="session")

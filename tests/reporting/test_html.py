@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page, sync_playwright
 
+from tokenreduce.evaluation.result import Result, read_result
 from tokenreduce.reporting.formatting import percent, points, signed
 from tokenreduce.reporting.html import write_report
 
@@ -48,10 +48,8 @@ def page(opened: tuple[Page, list[str]]) -> Page:
     return opened[0]
 
 
-def metrics_of(sweep: Path) -> list[dict]:
-    return [
-        json.loads((sweep / name / "metrics.json").read_text()) for name in ("best-0", "best-1", "othe-2", "down-3")
-    ]
+def results_of(sweep: Path) -> list[Result]:
+    return [read_result(sweep / name) for name in ("best-0", "best-1", "othe-2", "down-3")]
 
 
 def cells(page: Page, table: str, column: str) -> list[str]:
@@ -85,15 +83,16 @@ def test_its_tables_are_the_metrics(page: Page, sweep: Path) -> None:
     differences = dict(zip(cells(page, "results", ""), cells(page, "results", "unreduced"), strict=True))
     times = dict(zip(cells(page, "costs", ""), cells(page, "costs", "first_token"), strict=True))
     heat = page.locator('[data-table="categories"] tbody tr')
-    for metrics in metrics_of(sweep):
-        method = metrics["methods"]["reducer"]
-        name = f"{method['name']} keep={method['knobs']['keep']}"
-        assert shown[name] == percent(method["score"])
-        assert differences[name] == points(method["difference_to_unreduced"])
+    for result in results_of(sweep):
+        method = result.main
+        name = f"{method.name} keep={method.knobs['keep']}"
+        assert shown[name] == percent(method.score)
+        assert differences[name] == points(method.difference_to_unreduced)
         assert times[name] == "37.9 · 0.67"
         row = heat.filter(has_text=name)
-        lost = method["categories"]["counting"]["difference_to_unreduced"]["value"]
-        assert [text.strip() for text in row.locator("td").all_inner_texts()] == ["", signed(lost)]
+        lost = method.categories["counting"].difference_to_unreduced
+        assert lost is not None
+        assert [text.strip() for text in row.locator("td").all_inner_texts()] == ["", signed(lost.value)]
     assert shown["unreduced"] == "100.0 ± 2.0"
     assert len(shown) == 7
 
@@ -180,12 +179,13 @@ def test_the_page_holds_all_that_it_needs(written: Path) -> None:
 def test_csv_is_the_metrics_to_the_last_digit(written: Path, sweep: Path) -> None:
     with (written / "results.csv").open(encoding="utf-8", newline="") as file:
         rows = {row["run"]: row for row in csv.DictReader(file) if row["role"] == "reducer"}
-    for metrics in metrics_of(sweep):
-        method, row = metrics["methods"]["reducer"], rows[metrics["run"]["folder"]]
-        assert float(row["score"]) == method["score"]["value"]
-        assert float(row["difference_to_random_low"]) == method["difference_to_random"]["low"]
-        assert float(row["first_token_seconds"]) == method["time_to_first_token"]["median"]
-        assert int(row["peak_memory"]) == method["peak_memory"]
+    for result in results_of(sweep):
+        method, row = result.main, rows[result.run.folder]
+        assert method.difference_to_random is not None and method.time_to_first_token is not None
+        assert float(row["score"]) == method.score.value
+        assert float(row["difference_to_random_low"]) == method.difference_to_random.low
+        assert float(row["first_token_seconds"]) == method.time_to_first_token.median
+        assert int(row["peak_memory"]) == method.peak_memory
     with (written / "categories.csv").open(encoding="utf-8", newline="") as file:
         assert {float(row["score"]) for row in csv.DictReader(file) if row["method"] == "unreduced"} == {1.0}
 

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import io
-from typing import Any
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
+from tokenreduce.evaluation.result import (
+    Bound,
+    BudgetResult,
+    Failure,
+    FirstToken,
+    Limits,
+    Parts,
+    Result,
+    Roofline,
+    Spread,
+)
+from tokenreduce.evaluation.statistics import Estimate
 from tokenreduce.reporting.table import summary
 from tokenreduce.reporting.terminal import TerminalProgress
 
 from .made_up import estimate
 
 
-def printed(metrics: dict[str, Any], width: int = 100) -> str:
+def printed(compared: Result, width: int = 100) -> str:
     console = Console(file=io.StringIO(), width=width)
-    console.print(summary(metrics))
+    console.print(summary(compared))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
@@ -25,8 +37,8 @@ def row(text: str, start: str) -> str:
     return next(" ".join(line.split()) for line in text.splitlines() if line.strip().startswith(start))
 
 
-def test_every_method_has_a_row_with_all_its_figures(metrics: dict[str, Any]) -> None:
-    text = printed(metrics, 120)
+def test_every_method_has_a_row_with_all_its_figures(compared: Result) -> None:
+    text = printed(compared, 120)
     assert row(text, "unreduced") == "unreduced 90.0 ± 2.0 144 / 144 0.27 0.62 37.9 0.67 600 MiB"
     assert row(text, "fopru_row") == (
         "fopru_row keep=0.25 84.0 ± 2.0 −6.0 [−8.0, −4.0] 36 / 144 0.27 0.62 37.9 0.67 600 MiB"  # noqa: RUF001
@@ -36,33 +48,39 @@ def test_every_method_has_a_row_with_all_its_figures(metrics: dict[str, Any]) ->
     assert "30 questions about 6 images" in text
 
 
-def test_the_table_fits_a_terminal_of_100_columns(metrics: dict[str, Any]) -> None:
-    metrics["methods"]["random"]["knobs"]["keep"] = 36
-    assert "…" not in printed(metrics, 100)
-    assert max(map(len, printed(metrics, 100).splitlines())) <= 100
+def test_the_table_fits_a_terminal_of_100_columns(compared: Result) -> None:
+    random = replace(compared.methods["random"], knobs={"keep": 36, "seeds": 5})
+    compared = replace(compared, methods={**compared.methods, "random": random})
+    assert "…" not in printed(compared, 100)
+    assert max(map(len, printed(compared, 100).splitlines())) <= 100
 
 
-def test_what_was_not_measured_is_not_made_up(metrics: dict[str, Any]) -> None:
-    metrics["methods"]["reducer"].update(time_to_first_token=None, peak_memory=None)
-    metrics["methods"]["reducer"]["score"] = {"value": 0.5, "low": None, "high": None}
-    assert row(printed(metrics, 120), "fopru_row").endswith("n/a n/a")
-    assert "fopru_row keep=0.25 50.0 −6.0" in row(printed(metrics, 120), "fopru_row")  # noqa: RUF001
+def test_what_was_not_measured_is_not_made_up(compared: Result) -> None:
+    reducer = replace(compared.main, time_to_first_token=None, peak_memory=None, score=Estimate(0.5))
+    compared = replace(compared, methods={**compared.methods, "reducer": reducer})
+    assert row(printed(compared, 120), "fopru_row").endswith("n/a n/a")
+    assert "fopru_row keep=0.25 50.0 −6.0" in row(printed(compared, 120), "fopru_row")  # noqa: RUF001
 
 
-def test_where_time_goes_and_why_it_is_not_less(metrics: dict[str, Any]) -> None:
-    for method, prefill, bound in zip(
-        metrics["methods"].values(), (0.001, 0.005, 0.01), (False, True, True), strict=True
-    ):
-        times = {"median": 0.03, "low": 0.02, "high": 0.04}
-        method.update(
-            kv_bytes=300 << 10,
-            decode_per_token={"median": 0.0052, "low": 0.005, "high": 0.006, "ratio": estimate(0.98)},
-            roofline={"prefill": {"seconds": prefill, "memory_bound": bound}},
+def test_where_time_goes_and_why_it_is_not_less(compared: Result) -> None:
+    slow, fast = Spread(0.03, 0.02, 0.04), Spread(0.0015, 0.001, 0.002)
+    methods = {
+        key: replace(
+            method,
+            time_to_first_token=FirstToken(0.0379, 0.03, 0.04, estimate(0.67), Parts(slow, fast, slow)),
+            roofline=Roofline(Bound(1.0, bound, prefill), Bound(1.0, True, 0.001)),
         )
-        method["time_to_first_token"]["parts"] = {"vision": times, "selection": {"median": 0.0015}, "llm": times}
-    metrics["machine"] = {"flops": 4e10, "bytes": 5e9, "break_even_tokens": 16.2}
-    metrics["budget"] = {"currency": "layer_mean", "asked": 36.0, "whole": 144.0, "expected": 35.8}
-    text = printed(metrics)
+        for (key, method), prefill, bound in zip(
+            compared.methods.items(), (0.001, 0.005, 0.01), (False, True, True), strict=True
+        )
+    }
+    compared = replace(
+        compared,
+        methods=methods,
+        machine=Limits(flops=4e10, bytes=5e9, break_even_tokens=16.2),
+        budget=BudgetResult("layer_mean", 0.25, asked=36.0, expected=35.8, least=1.0, most=144.0, whole=144.0),
+    )
+    text = printed(compared)
     assert "fopru_row keep=0.25 36 300 KiB 30.0 1.5 30.0 5.0 5.2 0.98" in [
         " ".join(line.split()) for line in text.splitlines()
     ]
@@ -73,12 +91,12 @@ def test_where_time_goes_and_why_it_is_not_less(metrics: dict[str, Any]) -> None
     assert max(map(len, text.splitlines())) <= 100
 
 
-def test_samples_without_an_answer_are_told(metrics: dict[str, Any]) -> None:
-    failure = {"id": "test-0-3", "method": "reducer", "error": "image cannot be read: OSError: broken [png]"}
-    metrics["benchmark"].update(errors=2, failed=[failure, failure])
+def test_samples_without_an_answer_are_told(compared: Result) -> None:
+    failure = Failure("test-0-3", "reducer", "image cannot be read: OSError: broken [png]")
+    compared = replace(compared, benchmark=replace(compared.benchmark, errors=2, failed=[failure, failure]))
     assert (
         "left out: 2 samples without an answer, first test-0-3: image cannot be read: OSError: broken [png]"
-        in printed(metrics, 140)
+        in printed(compared, 140)
     )
 
 

@@ -9,7 +9,7 @@ import time
 import types
 import zlib
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from PIL import Image
 from wandb.proto import wandb_internal_pb2
 
 from tokenreduce.evaluation.records import Record
+from tokenreduce.evaluation.result import Result
 from tokenreduce.reporting import tracking
 from tokenreduce.reporting.pictures import KEPT_TOKENS
 from tokenreduce.reporting.tracking import COLUMNS, Tracking, flattened, log_report, log_run, sample_rows
@@ -69,13 +70,13 @@ def items(messages: Any) -> dict[str, Any]:
 
 
 def test_an_offline_run_holds_configuration_metrics_samples_and_picture(
-    tmp_path: Path, metrics: dict[str, Any], reduced: list[Record], unreduced: list[Record]
+    tmp_path: Path, compared: Result, reduced: list[Record], unreduced: list[Record]
 ) -> None:
     folder = tmp_path / "fopru_row-5f1c"
     (folder / KEPT_TOKENS).parent.mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(folder / KEPT_TOKENS)
     settings = Tracking(project="mine", group="a group", tags=("one",), images=True)
-    place = log_run(settings, folder, CONFIG, metrics, reduced, unreduced)
+    place = log_run(settings, folder, CONFIG, compared, reduced, unreduced)
     (log,) = folder.rglob("*.wandb")
     assert place is not None
     assert place.endswith(log.parent.name)
@@ -85,7 +86,7 @@ def test_an_offline_run_holds_configuration_metrics_samples_and_picture(
     run = next(each.run for each in records if each.HasField("run"))
     assert (run.project, run.display_name, run.run_group, list(run.tags)) == ("mine", folder.name, "a group", ["one"])
     assert items(run.config.update)["reducer"] == CONFIG["reducer"]
-    assert items(run.config.update)["run"] == metrics["run"]
+    assert items(run.config.update)["run"] == asdict(compared.run)
     assert history["reducer/score/value"] == 0.84
     assert history["random/difference_to_unreduced/low"] == pytest.approx(0.76 - 0.9 - 0.02)
     assert history["benchmark/samples"] == 30
@@ -116,15 +117,15 @@ def test_a_report_is_one_run_of_the_sweeps_group_with_its_tables_and_figures(tmp
 
 
 def test_a_picture_is_logged_only_when_asked_for(
-    tmp_path: Path, metrics: dict[str, Any], reduced: list[Record], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, compared: Result, reduced: list[Record], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logged: dict[str, Any] = {}
     monkeypatch.setitem(sys.modules, "wandb", fake_wandb(log=logged.update))
     (tmp_path / KEPT_TOKENS).parent.mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / KEPT_TOKENS)
-    assert log_run(Tracking(), tmp_path, CONFIG, metrics, reduced, [])
+    assert log_run(Tracking(), tmp_path, CONFIG, compared, reduced, [])
     assert "kept_tokens" not in logged
-    assert log_run(Tracking(images=True), tmp_path, CONFIG, metrics, reduced, [])
+    assert log_run(Tracking(images=True), tmp_path, CONFIG, compared, reduced, [])
     assert "kept_tokens" in logged
 
 
@@ -135,16 +136,16 @@ def test_the_sample_table_has_both_answers_and_the_error(reduced: list[Record], 
     assert (second["answer"], second["score"], second["kept"], second["tokens"]) == (reduced[1].answer, 1.0, 36, 144)
 
 
-def test_every_number_of_the_metrics_is_logged(metrics: dict[str, Any]) -> None:
-    flat = flattened(metrics)
+def test_every_number_of_the_metrics_is_logged(compared: Result) -> None:
+    flat = flattened(compared)
     assert flat["unreduced/time_to_first_token/median"] == 0.0379
     assert all(isinstance(value, int | float) for value in flat.values())
     assert not [name for name in flat if name.endswith(("keep", "layer"))]  # knobs are configuration
 
 
-def test_no_tracking_starts_nothing(tmp_path: Path, metrics: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_tracking_starts_nothing(tmp_path: Path, compared: Result, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    assert log_run(Tracking(enabled=False), tmp_path, CONFIG, metrics, [], []) is None
+    assert log_run(Tracking(enabled=False), tmp_path, CONFIG, compared, [], []) is None
     assert not list(tmp_path.iterdir())
 
 
@@ -178,47 +179,47 @@ def failing(*_: Any, **__: Any) -> None:
 
 @pytest.mark.parametrize("broken", ["import", "setup", "init", "Table", "log", "finish"])
 def test_a_failure_is_one_warning(
-    broken: str, tmp_path: Path, metrics: dict[str, Any], reduced: list[Record], monkeypatch: pytest.MonkeyPatch
+    broken: str, tmp_path: Path, compared: Result, reduced: list[Record], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = None if broken == "import" else fake_wandb(**{broken: failing})
     monkeypatch.setitem(sys.modules, "wandb", module)
     with pytest.warns(
         UserWarning, match=r"not logged to Weights & Biases: .* \(tracking=none turns it off\)"
     ) as caught:
-        assert log_run(Tracking(), tmp_path, CONFIG, metrics, reduced, []) is None
+        assert log_run(Tracking(), tmp_path, CONFIG, compared, reduced, []) is None
     assert len(caught) == 1
     assert "\n" not in str(caught[0].message)
 
 
 def test_without_credentials_a_run_is_offline_and_with_them_online(
-    tmp_path: Path, metrics: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, compared: Result, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     modes: list[str | None] = []
     module = fake_wandb()
     init = module.init
     monkeypatch.setattr(module, "init", lambda **options: modes.append(options["mode"]) or init(**options))  # type: ignore[func-returns-value]
     monkeypatch.setitem(sys.modules, "wandb", module)
-    log_run(Tracking(), tmp_path, CONFIG, metrics, [], [])
+    log_run(Tracking(), tmp_path, CONFIG, compared, [], [])
     (tmp_path / "netrc").write_text("machine other.example.org login user password secret\n")
-    log_run(Tracking(), tmp_path, CONFIG, metrics, [], [])
+    log_run(Tracking(), tmp_path, CONFIG, compared, [], [])
     (tmp_path / "netrc").write_text("machine api.example.org login user password secret\n")
-    log_run(Tracking(), tmp_path, CONFIG, metrics, [], [])
+    log_run(Tracking(), tmp_path, CONFIG, compared, [], [])
     monkeypatch.setenv("WANDB_API_KEY", "secret")
-    log_run(Tracking(), tmp_path, CONFIG, metrics, [], [])
+    log_run(Tracking(), tmp_path, CONFIG, compared, [], [])
     monkeypatch.setenv("WANDB_MODE", "offline")
-    log_run(Tracking(), tmp_path, CONFIG, metrics, [], [])
+    log_run(Tracking(), tmp_path, CONFIG, compared, [], [])
     assert modes == ["offline", "offline", "online", "online", None]
 
 
 def test_an_unreachable_service_costs_one_warning_and_the_run_is_kept_offline(
-    tmp_path: Path, metrics: dict[str, Any], reduced: list[Record], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, compared: Result, reduced: list[Record], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setattr(tracking, "_START_SECONDS", 2.0)
     started = time.monotonic()
     with pytest.warns(UserWarning, match="cannot be reached, so this run is logged offline") as caught:
-        place = log_run(Tracking(), tmp_path, CONFIG, metrics, reduced, [])
+        place = log_run(Tracking(), tmp_path, CONFIG, compared, reduced, [])
     assert time.monotonic() - started < 60
     assert len(caught) == 1
     assert place is not None

@@ -13,7 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -23,66 +23,26 @@ import torch
 from transformers import PreTrainedModel
 
 from tokenreduce.attach import reduce_tokens
-from tokenreduce.evaluation.statistics import Estimate, ratio_of_medians
+from tokenreduce.evaluation.backend import Times
+from tokenreduce.evaluation.result import FirstToken, Parts, Spread, Timed
+from tokenreduce.evaluation.statistics import ratio_of_medians
 from tokenreduce.reducer import TokenReducer
 from tokenreduce.stopwatch import Stopwatch, part
-
-ReducerFor = Callable[[int], TokenReducer | None]
-"""The reducer that a method uses on the i-th prompt; None for the plain model, which nothing is attached to."""
 
 WARM_UP = 2
 """Turns that do not count."""
 
 
-PARTS = ("vision", "selection", "llm")
-"""What happens before the first token: the vision tower and projector, what the reducer adds, and everything else."""
+PARTS = tuple(field.name for field in fields(Parts))
+"""What happens before the first token."""
 
 DECODED = 8
 """Tokens after the first one, over which the time of one is averaged."""
 
 
-@dataclass(frozen=True)
-class Spread:
-    """Seconds: the ``median``, and as ``low`` and ``high`` the 10 % and 90 % quantiles."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, seconds: Sequence[float]) -> Spread:
-        low, median, high = np.quantile(seconds, [0.1, 0.5, 0.9]).tolist()
-        return cls(median, low, high)
-
-
-@dataclass(frozen=True)
-class Timed(Spread):
-    """A spread, and as ``ratio`` its median to the reference's, paired by prompt."""
-
-    ratio: Estimate
-
-
-@dataclass(frozen=True)
-class FirstToken(Timed):
-    """The time to first token, and where it goes: :data:`PARTS`, whose medians need not add up to it."""
-
-    parts: Mapping[str, Spread]
-
-
-@dataclass(frozen=True)
-class Times:
-    """How long one method takes: until the first token of an answer is there, and for every further one."""
-
-    time_to_first_token: FirstToken
-    decode_per_token: Timed
-
-
-TIMES = tuple(field.name for field in fields(Times))
-
-
 def take_times(
     model: PreTrainedModel,
-    methods: Mapping[str, ReducerFor],
+    methods: Mapping[str, Sequence[TokenReducer | None]],
     prompts: Sequence[Mapping[str, Any]],
     pairs: int,
     advance: Callable[[], None] = lambda: None,
@@ -90,7 +50,8 @@ def take_times(
 ) -> dict[str, Times]:
     """The times of every method; the first one is the reference.
 
-    ``prompts`` are single-row inputs of ``generate``, taken in turn until each method has been timed ``pairs`` times;
+    ``methods`` have a reducer for every prompt, or None for the plain model, which nothing is attached to. ``prompts``
+    are single-row inputs of ``generate``, taken in turn until each method has been timed ``pairs`` times;
     ``questions`` is what they ask, for reducers that read it.
     """
     if pairs < 1 or not prompts:
@@ -98,8 +59,8 @@ def take_times(
     taken: dict[str, list[Counter[str]]] = {name: [] for name in methods}
     for turn in range(-WARM_UP, pairs):
         place = turn % len(prompts)
-        for name, reducer_for in methods.items():
-            with attached(model, reducer_for(place), questions[place] if questions else None):
+        for name, reducers in methods.items():
+            with attached(model, reducers[place], questions[place] if questions else None):
                 seconds = seconds_by_part(model, prompts[place])
             if turn >= 0:
                 taken[name].append(seconds)
@@ -112,7 +73,7 @@ def take_times(
         name: Times(
             FirstToken(
                 **vars(_timed(first[name], first[reference])),
-                parts={part: Spread.of([turn[part] for turn in turns]) for part in PARTS},
+                parts=Parts(**{part: _spread([turn[part] for turn in turns]) for part in PARTS}),
             ),
             _timed(further[name], further[reference]),
         )
@@ -157,8 +118,13 @@ def _as_vision(call: Callable[..., Any]) -> Callable[..., Any]:
     return timed
 
 
+def _spread(seconds: Sequence[float]) -> Spread:
+    low, median, high = np.quantile(seconds, [0.1, 0.5, 0.9]).tolist()
+    return Spread(median, low, high)
+
+
 def _timed(seconds: Sequence[float], reference: Sequence[float]) -> Timed:
-    return Timed(**vars(Spread.of(seconds)), ratio=ratio_of_medians(seconds, reference))
+    return Timed(**vars(_spread(seconds)), ratio=ratio_of_medians(seconds, reference))
 
 
 def attached(

@@ -1,4 +1,4 @@
-"""Whether the machine computes or reads: how fast it could be at best, and what then holds it up.
+"""How fast the machine could be at best, and whether computing or reading then holds it up.
 
 A language model reads its weights once for a whole prompt, and once again for every new token. Where computing takes
 less time than this, a shorter prompt cannot be faster (Williams et al. 2009, the roofline model).
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tokenreduce.evaluation.result import Bound, Limits, Machine, Roofline
 from tokenreduce.flops import head_dim, key_width
 from tokenreduce.models.family import family_of
 from tokenreduce.registry import MODELS
@@ -25,47 +25,6 @@ _REPEATS = 3
 _LONG_ENOUGH = 0.02
 _LARGEST = 16384
 _COPIED = 1 << 28
-
-
-@dataclass(frozen=True)
-class Machine:
-    """FLOPs a second of a matrix product in the model's precision, and bytes a second of a copy, both measured."""
-
-    flops: float
-    bytes: float
-
-
-@dataclass(frozen=True)
-class Limits(Machine):
-    """What a machine means for one model.
-
-    break_even_tokens: the length of a prompt whose prefill at batch 1 computes as long as it reads weights; a shorter
-                       one is memory-bound.
-    """
-
-    break_even_tokens: float
-
-
-@dataclass(frozen=True)
-class Bound:
-    """One forward call of a language model at batch 1.
-
-    intensity:    FLOPs for every byte that it must move.
-    memory_bound: whether moving takes longer than computing.
-    seconds:      the longer of the two; no implementation is faster.
-    """
-
-    intensity: float
-    memory_bound: bool
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Roofline:
-    """The bounds of a prompt's ``prefill``, and of the ``decode`` of one token after it."""
-
-    prefill: Bound
-    decode: Bound
 
 
 def limits(model: PreTrainedModel) -> Limits:

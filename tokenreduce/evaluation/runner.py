@@ -1,4 +1,4 @@
-"""The loop: a benchmark's samples through a model with a reducer, one record each.
+"""The loop: a benchmark's samples through a back end with a reducer, one record each.
 
 Batches are fixed by the samples' positions, so that a run that was stopped and goes on, or one whose limit was
 raised, has the very batches, and hence the answers, of one that was never stopped.
@@ -6,22 +6,16 @@ raised, has the very batches, and hence the answers, of one that was never stopp
 
 from __future__ import annotations
 
-import time
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from torch import Tensor
-from transformers import PreTrainedModel
 
-from tokenreduce.attach import SampleReduction
 from tokenreduce.benchmarks.benchmark import Benchmark, QuestionError, Sample
-from tokenreduce.evaluation.clock import attached
-from tokenreduce.evaluation.costs import Cost, prefill_cost
+from tokenreduce.evaluation.backend import Answer, Backend
 from tokenreduce.evaluation.processes import Processes
 from tokenreduce.evaluation.progress import Progress, Silent
 from tokenreduce.evaluation.prompts import PLACE, Prompts
@@ -33,7 +27,6 @@ from tokenreduce.evaluation.records import (
     read_records,
     storage,
 )
-from tokenreduce.evaluation.vision_memory import VisionMemory
 from tokenreduce.reducer import TokenReducer
 
 ReducerFor = Callable[[str], TokenReducer]
@@ -43,49 +36,16 @@ HOPELESS = 8
 """After this many samples that all failed in the model with one and the same message, the run itself is at fault."""
 
 
-def evaluate(
-    model: PreTrainedModel,
-    processor: Any,
-    benchmark: Benchmark,
-    reducer: TokenReducer | ReducerFor,
-    *,
-    folder: Path | str,
-    batch_size: int = 32,
-    limit: int | None = None,
-    max_new_tokens: int = 16,
-    prompt: str = PLACE,
-    progress: Progress | None = None,
-    processes: Processes | None = None,
-) -> list[Record]:
-    """Answer the first ``limit`` samples, or all of them, and return their records in order.
-
-    What the folder already holds is not done again, so it must be this very run's
-    (:mod:`tokenreduce.evaluation.identity`); jobs that share a folder wait for each other, and several ``processes``
-    that call this alike share the work. A sample that cannot be read or answered becomes a record with its error; a
-    batch that does not fit into memory is halved. Raises ``StorageError`` when the folder cannot be written, and the
-    model's own error when the first samples all fail in it alike.
-    """
-    runner = Runner(
-        model,
-        processor,
-        benchmark,
-        batch_size=batch_size,
-        limit=limit,
-        max_new_tokens=max_new_tokens,
-        prompt=prompt,
-        progress=progress,
-        processes=processes,
-    )
-    return runner.run(reducer, Path(folder))
-
-
 class Runner:
-    """Runs that share a model and the questions it is asked; see :func:`evaluate`."""
+    """Makes runs that share a back end and the questions that it is asked.
+
+    ``limit`` takes the first samples only. A sample that cannot be read or answered becomes a record with its error; a
+    batch that does not fit into memory is halved. Several ``processes`` that run alike share the work.
+    """
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        processor: Any,
+        backend: Backend,
         benchmark: Benchmark,
         *,
         batch_size: int = 32,
@@ -100,16 +60,15 @@ class Runner:
                 raise ValueError(f"{name}={value} is not a whole number above 0")
         if not len(benchmark):
             raise ValueError(f"the benchmark {type(benchmark).__name__} has no samples")
-        self.model = model
-        self.prompts = Prompts(processor, benchmark, prompt)
+        self.prompts = Prompts(benchmark, prompt, backend.image_tokens)
         self.batch_size = batch_size
         self.max_new_tokens = max_new_tokens
         self.total = min(len(benchmark), limit or len(benchmark))
         self.progress = progress or Silent()
         self.processes = processes or Processes()
         self.fitting = batch_size
+        self._backend = backend
         self._available = len(benchmark)
-        self._vision = VisionMemory(model)
         self._share_vision = False
 
     def samples(self) -> list[Sample]:
@@ -128,7 +87,12 @@ class Runner:
         *,
         share_vision: bool = False,
     ) -> list[Record]:
-        """The records of one run; see :func:`evaluate`. ``share_vision``: see :class:`VisionMemory`."""
+        """Answer all samples, and return their records in order. ``share_vision``: see :meth:`Backend.answer`.
+
+        What the folder already holds is not done again, so it must be this very run's
+        (:mod:`tokenreduce.evaluation.identity`); jobs that share a folder wait for each other. Raises ``StorageError``
+        when the folder cannot be written, and the back end's own error when the first samples all fail in it alike.
+        """
         self._share_vision = share_vision
         reducer_for = (lambda _: reducer) if isinstance(reducer, TokenReducer) else reducer
         ids = [sample.id for sample in self.samples()]
@@ -183,7 +147,7 @@ class Runner:
             self.progress.advance(len(file.append(record for record, _ in held)))
 
     def _batch(self, samples: Sequence[Sample], reducer_for: ReducerFor) -> list[tuple[Record, Exception | None]]:
-        """A record for each sample, with the model's exception where that is what went wrong."""
+        """A record for each sample, with the back end's exception where that is what went wrong."""
         done: dict[str, tuple[Record, Exception | None]] = {}
         groups: list[tuple[TokenReducer, list[Sample]]] = []
         for sample in samples:
@@ -222,40 +186,26 @@ class Runner:
         return self._generate(samples, reducer)
 
     def _answered(self, samples: Sequence[Sample], reducer: TokenReducer) -> list[Record]:
-        inputs = self.inputs(samples)
-        started = time.perf_counter()
-        shared = self._vision.recalled([sample.id for sample in samples]) if self._share_vision else nullcontext()
-        asked = [sample.question for sample in samples]
-        with shared, attached(self.model, reducer, asked) as reduction:
-            tokens = self.generate(inputs)
-            reductions: list[SampleReduction] = list(reduction.samples)
-        answers = self.prompts.answers(tokens[:, inputs["input_ids"].shape[1] :])
-        seconds = (time.perf_counter() - started) / len(samples)
-        costs = prefill_cost(self.model, reductions)
-        scores = [self.prompts.score(answer, sample) for answer, sample in zip(answers, samples, strict=True)]
-        return [_record(*parts, seconds) for parts in zip(samples, answers, scores, reductions, costs, strict=True)]
+        prompts = [self.prompts.prompt(sample) for sample in samples]
+        answers = self._backend.answer(prompts, reducer, self.max_new_tokens, share_vision=self._share_vision)
+        return [
+            _record(sample, answer, self.prompts.score(answer.text, sample))
+            for sample, answer in zip(samples, answers, strict=True)
+        ]
+
+    def rehearse(self, reducer: TokenReducer) -> None:
+        """Make one token of one answer. Raises whatever keeps the reducer from working with this back end."""
+        if (sample := next(self.prompts.readable(self.samples()), None)) is not None:
+            self._backend.answer([self.prompts.prompt(sample)], reducer, max_new_tokens=1)
 
     def forget(self) -> None:
-        """Drop the inputs and features that are kept in memory."""
+        """Drop the images and inputs that are kept in memory."""
         self.prompts.forget()
-        self._vision.forget()
-
-    def inputs(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
-        """One batch on the model's device, in its precision."""
-        return {
-            name: tensor.to(self.model.device, self.model.dtype if tensor.is_floating_point() else None)
-            for name, tensor in self.prompts.inputs(samples).items()
-        }
-
-    @torch.inference_mode()
-    def generate(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Prompts and greedy answers, as token ids."""
-        generate: Callable[..., Tensor] = self.model.generate
-        return generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
+        self._backend.forget()
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether this is one of the ways in which torch, or Python, says that memory is not enough."""
+    """True for the ways in which torch, or Python, says that memory is not enough."""
     signs = ("out of memory", "can't allocate memory", "not enough memory")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)
@@ -279,16 +229,15 @@ def locked(folder: Path, progress: Progress) -> Iterator[None]:
         lock.release()
 
 
-def _record(
-    sample: Sample, answer: str, score: float, reduction: SampleReduction, cost: Cost, seconds: float
-) -> Record:
+def _record(sample: Sample, answer: Answer, score: float) -> Record:
+    reduction, cost = answer.reduction, answer.cost
     return Record(
         id=sample.id,
         image_id=sample.image_id,
         category=sample.category,
         question=sample.question,
         expected=sample.answers,
-        answer=answer,
+        answer=answer.text,
         score=score,
         visual_tokens=reduction.visual_tokens,
         entering=reduction.entering,
@@ -298,7 +247,7 @@ def _record(
         vision_flops=cost.vision_flops,
         llm_flops=cost.llm_flops,
         kv_bytes=cost.kv_bytes,
-        seconds=round(seconds, 6),
+        seconds=round(answer.seconds, 6),
     )
 
 
@@ -311,7 +260,7 @@ def _described(error: Exception) -> str:
 
 
 def _raise_if_hopeless(held: Sequence[tuple[Record, Exception | None]], finished: bool = False) -> None:
-    """Raise the model's error if it is all that there is, and always the same."""
+    """Raise the back end's error if it is all that there is, and always the same."""
     errors = [error for _, error in held if error is not None]
     if errors and (len(errors) >= HOPELESS or finished) and len({_described(error) for error in errors}) == 1:
         raise errors[0]

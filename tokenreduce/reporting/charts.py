@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from matplotlib.artist import Artist
@@ -12,7 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from tokenreduce.evaluation.comparison import UNREDUCED
+from tokenreduce.evaluation.result import FirstToken, MethodResult
+from tokenreduce.evaluation.statistics import Estimate
 from tokenreduce.reporting.columns import first_token_ratio
 from tokenreduce.reporting.drawing import (
     BETTER,
@@ -32,8 +32,8 @@ from tokenreduce.reporting.drawing import (
     styled,
     whiskers,
 )
-from tokenreduce.reporting.formatting import percent, points, signed
-from tokenreduce.reporting.study import Row, Study
+from tokenreduce.reporting.formatting import milliseconds, percent, points, share, signed, tokens
+from tokenreduce.reporting.study import Row, Study, difference_in
 
 
 @dataclass(frozen=True)
@@ -44,38 +44,45 @@ class Currency:
     tab: str
     axis: str
     value: Callable[[Row, Row], float | None]
-    interval: Callable[[Row], Mapping[str, float | None] | None] = lambda _: None
+    interval: Callable[[Row], Estimate | None] = lambda _: None
 
 
-def _relative(*path: str) -> Callable[[Row, Row], float | None]:
+def _relative(cost: Callable[[MethodResult], float]) -> Callable[[Row, Row], float | None]:
     def value(row: Row, unreduced: Row) -> float | None:
-        number, whole = (_at(each.figures, path) for each in (row, unreduced))
-        return number / whole if number is not None and whole else None
+        whole = cost(unreduced.method)
+        return cost(row.method) / whole if whole else None
 
-    return value
-
-
-def _at(figures: Mapping[str, Any], path: Sequence[str]) -> float | None:
-    value: Any = figures
-    for name in path:
-        value = value.get(name) if isinstance(value, Mapping) else None
     return value
 
 
 def _time(row: Row, unreduced: Row) -> float | None:
     ratio = first_token_ratio(row)
-    return ratio["value"] if ratio else None
+    return ratio.value if ratio else None
+
+
+_kv_ratio = _relative(lambda method: method.kv_bytes)
 
 
 CURRENCIES = (
     Currency(
-        "layer_mean", "layer mean", "visual tokens, mean over decoder layers", _relative("visual_tokens", "layer_mean")
+        "layer_mean",
+        "layer mean",
+        "visual tokens, mean over decoder layers",
+        _relative(lambda method: method.visual_tokens.layer_mean),
     ),
-    Currency("tokens", "tokens in", "visual tokens entering the language model", _relative("visual_tokens", "kept")),
     Currency(
-        "flops", "prefill FLOPs", "prefill FLOPs, vision tower included", _relative("prefill_flops", "total_ratio")
+        "tokens",
+        "tokens in",
+        "visual tokens entering the language model",
+        _relative(lambda method: method.visual_tokens.kept),
     ),
-    Currency("kv", "KV cache", "bytes of the key-value cache", _relative("kv_bytes")),
+    Currency(
+        "flops",
+        "prefill FLOPs",
+        "prefill FLOPs, vision tower included",
+        _relative(lambda method: method.prefill_flops.total_ratio),
+    ),
+    Currency("kv", "KV cache", "bytes of the key-value cache", _kv_ratio),
     Currency("time", "time", "time to first token, measured", _time, first_token_ratio),
 )
 
@@ -143,7 +150,9 @@ class Painter:
         axes.set_xlabel(f"{currency.axis}, % of the unreduced model's   (cheaper \N{RIGHTWARDS ARROW})")
         axes.set_ylabel("score, %")
         labels = [(value, 100 * row.score, self._name(row), self.color(row), gid) for (row, value), gid in ends]
-        labels.append((axes.get_xlim()[1], 100 * base.score, f"unreduced {100 * base.score:.1f}", INK, base.key))
+        labels.append(
+            (axes.get_xlim()[1], 100 * base.score, f"unreduced {percent(Estimate(base.score))}", INK, base.key)
+        )
         end_labels(axes, labels)
         return chart
 
@@ -153,7 +162,7 @@ class Painter:
         budgets = list(study.budgets.items())
         groups = [[row for row in study.rows[1:] if row.budget == budget] for budget, _ in budgets]
         height = ROW * sum(len(group) + 1.3 for group in groups) + 0.7
-        with_random = any(row.figures.get("difference_to_random") for row in study.methods)
+        with_random = any(row.method.difference_to_random for row in study.methods)
         with styled():
             figure = Figure(figsize=(8.6, height), layout="constrained")
             panels = figure.subplots(1, 2, sharey=True, squeeze=False, width_ratios=[3, 2 if with_random else 0.01])[0]
@@ -175,7 +184,7 @@ class Painter:
                 for row in group:
                     axis += 1
                     names.append((axis, row))
-                    self._point(chart, left, row, 100 * row.score, axis, across=row.figures["score"], points_up=False)
+                    self._point(chart, left, row, 100 * row.score, axis, across=row.method.score, points_up=False)
                     self._above_chance(chart, right, row, axis)
                 axis += 0.4
             for place, row in names:
@@ -184,7 +193,7 @@ class Painter:
                     xytext=(-8, 0), textcoords="offset points", ha="right", va="center", color=self.color(row),
                     fontweight="bold" if row.is_method else "normal", fontsize=9.5,
                 )  # fmt: skip
-                text.set_gid(f"{self.series_id(row)}-name-{self._number(row)}")
+                text.set_gid(f"{self.series_id(row)}-name-{self._place_of(row)}")
             left.axvline(100 * study.unreduced.score, color=INK, linewidth=1, linestyle=(0, (4, 3)))
             left.set_ylim(axis + 0.3, 0.2)
             for each, label in ((left, "score, %  (dashed: unreduced)"), (right, "above random, points")):
@@ -202,7 +211,7 @@ class Painter:
         rows, names = self._study.methods, self._study.categories
         if len(names) < 2:
             return None
-        values = np.array([[category_difference(row, name) for name in names] for row in rows]) * 100
+        values = np.array([[_number(difference_in(row, name)) for name in names] for row in rows]) * 100
         limit = max(5.0, float(np.nan_to_num(np.abs(values)).max()))
         chart, axes = self._chart(
             "categories",
@@ -230,8 +239,8 @@ class Painter:
 
     def costs(self) -> Chart:
         """Prefill FLOPs of vision tower and language model, and the cache."""
-        rows, base = self._study.rows, self._study.unreduced.figures
-        whole = base["prefill_flops"]["llm"] + base["prefill_flops"]["vision"]
+        rows, base = self._study.rows, self._study.unreduced.method.prefill_flops
+        whole = base.llm + base.vision
         chart, figure = self._rows_figure(
             "costs",
             "What is paid for",
@@ -242,15 +251,15 @@ class Painter:
         with styled():
             left, right = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
             for place, row in enumerate(rows):
-                flops, color = row.figures["prefill_flops"], self.color(row)
-                vision, llm = 100 * flops["vision"] / whole, 100 * flops["llm"] / whole
-                parts = [*left.barh(place, vision, color=color, alpha=0.3, height=0.62)]
-                parts += left.barh(place, llm, left=vision, color=color, height=0.62)
-                tip = f"{row.label}\nvision {vision:.0f} %, language model {llm:.0f} % of the unreduced prefill"
-                ratio = _relative("kv_bytes")(row, self._study.unreduced)
-                if ratio is not None:
-                    parts += right.barh(place, 100 * ratio, color=color, height=0.62)
-                    tip += f"\nKV cache {100 * ratio:.0f} %"
+                flops, color = row.method.prefill_flops, self.color(row)
+                vision, llm = flops.vision / whole, flops.llm / whole
+                parts = [*left.barh(place, 100 * vision, color=color, alpha=0.3, height=0.62)]
+                parts += left.barh(place, 100 * llm, left=100 * vision, color=color, height=0.62)
+                tip = f"{row.label}\nvision {share(vision)}, language model {share(llm)} of the unreduced prefill"
+                kv_ratio = _kv_ratio(row, self._study.unreduced)
+                if kv_ratio is not None:
+                    parts += right.barh(place, 100 * kv_ratio, color=color, height=0.62)
+                    tip += f"\nKV cache {share(kv_ratio)}"
                 self._mark(chart, row, "cost", parts, tip)
             self._row_names(left, rows)
             for axes, label in ((left, "prefill FLOPs, %: vision (pale) + language model"), (right, "KV cache, %")):
@@ -259,7 +268,8 @@ class Painter:
 
     def speed(self) -> Chart | None:
         """What the FLOPs promise, and what the clock says."""
-        rows = [row for row in self._study.rows if first_token_ratio(row)]
+        timed = [(row, times) for row in self._study.rows if (times := row.method.time_to_first_token)]
+        rows = [row for row, _ in timed]
         if not any(row.is_method for row in rows):
             return None
         chart, figure = self._rows_figure(
@@ -271,15 +281,15 @@ class Painter:
         )
         with styled():
             left, right = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
-            for place, row in enumerate(rows):
-                ratio, color = first_token_ratio(row) or {}, self.color(row)
-                promise, value = 100 * row.figures["prefill_flops"]["total_ratio"], 100 * (ratio.get("value") or 0)
-                parts: list[Artist] = [*left.plot([promise, value], [place, place], color=color, lw=1.4, alpha=0.3)]
-                parts += left.plot([promise], [place], marker="o", ms=7, mfc="none", mec=color, ls="none")
-                parts += whiskers(left, ratio, place, color)
-                parts += left.plot([value], [place], marker=self.marker(row), ms=7, color=color, ls="none")
-                bars, words = self._split(right, row, place)
-                tip = f"{row.label}\n{value:.0f} % of the unreduced time; FLOPs promise {promise:.0f} %\n{words}"
+            for place, (row, times) in enumerate(timed):
+                color, promise, taken = self.color(row), row.method.prefill_flops.total_ratio, times.ratio.value
+                across = [100 * promise, 100 * taken]
+                parts: list[Artist] = [*left.plot(across, [place, place], color=color, lw=1.4, alpha=0.3)]
+                parts += left.plot(across[:1], [place], marker="o", ms=7, mfc="none", mec=color, ls="none")
+                parts += whiskers(left, times.ratio, place, color)
+                parts += left.plot(across[1:], [place], marker=self.marker(row), ms=7, color=color, ls="none")
+                bars, words = self._split(right, row, times, place)
+                tip = f"{row.label}\n{share(taken)} of the unreduced time; FLOPs promise {share(promise)}\n{words}"
                 self._mark(chart, row, "speed", parts + bars, tip)
             self._row_names(left, rows)
             left.axvline(100, color=INK, linewidth=1, linestyle=(0, (4, 3)))
@@ -287,20 +297,19 @@ class Painter:
             bars_axis(right, "vision (pale), selection (dark), language model")
         return chart
 
-    def _split(self, axes: Axes, row: Row, place: int) -> tuple[list[Artist], str]:
+    def _split(self, axes: Axes, row: Row, times: FirstToken, place: int) -> tuple[list[Artist], str]:
         """A bar of the parts of a time relative to the unreduced one, and the parts in words."""
-        times = row.figures["time_to_first_token"]
-        whole = row.comparison.methods[UNREDUCED]["time_to_first_token"]["median"]
-        parts = {name: spread["median"] for name, spread in times.get("parts", {}).items()} or {"": times["median"]}
+        whole = (row.comparison.result.unreduced.time_to_first_token or times).median
+        parts = {name: spread.median for name, spread in vars(times.parts).items()}
         shades = {"vision": (self.color(row), 0.3), "selection": (INK, 0.9)}
         start = 0.0
         drawn: list[Artist] = []
         for name, seconds in parts.items():
             color, alpha = shades.get(name, (self.color(row), 1.0))
-            share = 100 * seconds / whole
-            drawn += axes.barh(place, share, left=start, color=color, alpha=alpha, height=0.62)
-            start += share
-        return drawn, ", ".join(f"{name} {1000 * seconds:.1f} ms".strip() for name, seconds in parts.items())
+            width = 100 * seconds / whole
+            drawn += axes.barh(place, width, left=start, color=color, alpha=alpha, height=0.62)
+            start += width
+        return drawn, ", ".join(f"{name} {milliseconds(seconds)} ms" for name, seconds in parts.items())
 
     def _chart(self, name: str, title: str, caption: str, size: tuple[float, float]) -> tuple[Chart, Axes]:
         with styled():
@@ -315,10 +324,10 @@ class Painter:
 
     def _reference(self, axes: Axes) -> None:
         """The unreduced score as a line with its interval."""
-        score = self._study.unreduced.figures["score"]
-        axes.axhline(100 * score["value"], color=INK, linewidth=1, linestyle=(0, (4, 3)))
-        if score["low"] is not None and score["high"] is not None:
-            axes.axhspan(100 * score["low"], 100 * score["high"], color=INK, alpha=0.06, linewidth=0)
+        score = self._study.unreduced.method.score
+        axes.axhline(100 * score.value, color=INK, linewidth=1, linestyle=(0, (4, 3)))
+        if score.low is not None and score.high is not None:
+            axes.axhspan(100 * score.low, 100 * score.high, color=INK, alpha=0.06, linewidth=0)
 
     def _point(
         self,
@@ -328,16 +337,16 @@ class Painter:
         x: float,
         y: float,
         *,
-        across: Mapping[str, float | None] | None = None,
+        across: Estimate | None = None,
         points_up: bool = True,
     ) -> None:
         """A row's marker with its intervals: upwards its score's, across that of the axis."""
         with styled():
             color = self.color(row)
             parts: list[Artist] = whiskers(axes, across, y, color)
-            score = row.figures["score"]
-            if points_up and score["low"] is not None and score["high"] is not None:
-                parts += axes.plot([x, x], [100 * score["low"], 100 * score["high"]], color=color, lw=1.1, alpha=0.55)
+            score = row.method.score
+            if points_up and score.low is not None and score.high is not None:
+                parts += axes.plot([x, x], [100 * score.low, 100 * score.high], color=color, lw=1.1, alpha=0.55)
             size = 7 if row.is_method else 5
             parts += axes.plot(
                 [x], [y], marker=self.marker(row), ms=size, color=color, mec="white", mew=0.8, ls="none", zorder=5
@@ -346,27 +355,28 @@ class Painter:
 
     def tip(self, row: Row) -> str:
         """What a row's marks say when they are pointed at."""
-        lines = [row.label, f"score {percent(row.figures['score'])} %"]
-        if row.figures["difference_to_unreduced"]:
-            lines.append(f"vs unreduced {points(row.figures['difference_to_unreduced'])}")
-        tokens = row.figures["visual_tokens"]
-        lines.append(f"{tokens['kept']:.4g} of {tokens['total']:.4g} tokens in, layer mean {tokens['layer_mean']:.4g}")
+        method, visual = row.method, row.method.visual_tokens
+        lines = [row.label, f"score {percent(method.score)} %"]
+        if method.difference_to_unreduced is not None:
+            lines.append(f"vs unreduced {points(method.difference_to_unreduced)}")
+        kept, total, layer_mean = map(tokens, (visual.kept, visual.total, visual.layer_mean))
+        lines.append(f"{kept} of {total} tokens in, layer mean {layer_mean}")
         return "\n".join(lines)
 
     def _mark(self, chart: Chart, row: Row, name: str, parts: Sequence[Artist], tip: str) -> None:
         for number, part in enumerate(parts):
-            gid = f"{self.series_id(row)}-row-{self._number(row)}-{name}-{number}"
+            gid = f"{self.series_id(row)}-row-{self._place_of(row)}-{name}-{number}"
             part.set_gid(gid)
             chart.tips[gid] = tip
 
     def _above_chance(self, chart: Chart, axes: Axes, row: Row, place: float) -> None:
-        difference = row.figures.get("difference_to_random")
-        if not difference:
+        difference = row.method.difference_to_random
+        if difference is None:
             return
         color, sure = self.color(row), row.p_random is not None and row.p_random < 0.05
         parts = whiskers(axes, difference, place, color)
         parts += axes.plot(
-            [100 * difference["value"]], [place], marker=self.marker(row), ms=6.5, ls="none", mec=color,
+            [100 * difference.value], [place], marker=self.marker(row), ms=6.5, ls="none", mec=color,
             mfc=color if sure else "white", zorder=5,
         )  # fmt: skip
         self._mark(chart, row, "chance", parts, f"{row.label}\nvs random {points(difference)} points")
@@ -375,7 +385,7 @@ class Painter:
         axes.set_yticks(range(len(rows)), [row.label for row in rows])
         for text, row in zip(axes.get_yticklabels(), rows, strict=True):
             text.set_color(self.color(row))
-            text.set_gid(f"{self.series_id(row)}-name-{self._number(row)}")
+            text.set_gid(f"{self.series_id(row)}-name-{self._place_of(row)}")
         axes.set_ylim(len(rows) - 0.4, -0.6)
         for place in range(1, len(rows)):
             if rows[place].budget != rows[place - 1].budget:
@@ -385,11 +395,9 @@ class Painter:
     def _name(self, row: Row) -> str:
         return row.series if row.is_method else row.key
 
-    def _number(self, row: Row) -> int:
+    def _place_of(self, row: Row) -> int:
         return next(number for number, each in enumerate(self._study.rows) if each is row)
 
 
-def category_difference(row: Row, category: str) -> float:
-    """A row's difference to the unreduced model in one category; NaN where it has none."""
-    found = row.figures["categories"].get(category) or {}
-    return float((found.get("difference_to_unreduced") or {}).get("value", np.nan))
+def _number(estimate: Estimate | None) -> float:
+    return np.nan if estimate is None else estimate.value

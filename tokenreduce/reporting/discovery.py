@@ -1,4 +1,4 @@
-"""Finished comparisons, found again on disk: their metrics, and the records behind them where these are there."""
+"""Finished comparisons, found again on disk: their results, and the records behind them where these are there."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 
 import yaml
 
-from tokenreduce.evaluation.comparison import CONFIG, METRICS, UNREDUCED, read_metrics
+from tokenreduce.evaluation.comparison import CONFIG
 from tokenreduce.evaluation.records import PARTS, RECORDS, Record, StorageError, read_records
+from tokenreduce.evaluation.result import METRICS, UNREDUCED, Result, read_result
 
 Records = Mapping[str, Record]
 """One run's records by sample."""
@@ -27,20 +28,16 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One run's folder with its ``metrics.json``, ``config.yaml`` and the records of every method's runs.
+    """One run's folder with its result, ``config.yaml`` and the records of every method's runs.
 
     records: for every method its runs, for every run its records by sample; those of other samples than ``drawn``
              come without what a picture needs. Empty where a run's records are gone.
     """
 
     folder: Path
-    metrics: Mapping[str, Any]
+    result: Result
     config: Mapping[str, Any]
     records: Mapping[str, Sequence[Records]]
-
-    @property
-    def methods(self) -> Mapping[str, Mapping[str, Any]]:
-        return self.metrics["methods"]
 
     @cached_property
     def answered(self) -> list[Record]:
@@ -84,18 +81,18 @@ def find(places: Sequence[Path | str], drawn: DrawnFor = lambda _: ()) -> tuple[
     for folder in finished:
         try:
             comparison = reader.read(folder)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # it may hold anything
+        except (OSError, ValueError) as error:
             skipped.append(Skipped(folder, f"its {METRICS} cannot be used: {type(error).__name__}: {error}"))
             continue
-        key = f"{comparison.metrics['run']['hash']} {comparison.metrics['settings']['limit']}"
+        key = f"{comparison.result.run.hash} {comparison.result.settings.limit}"
         if key in comparisons:
             skipped.append(Skipped(comparisons[key].folder, f"the same run is in {folder}, and newer"))
         comparisons[key] = comparison
     belonging = {
         comparison.folder.parent / run
         for comparison in comparisons.values()
-        for method in comparison.methods.values()
-        for run in method["runs"]
+        for method in comparison.result.methods.values()
+        for run in method.runs
     }
     for folder in folders:
         if folder not in finished and folder not in belonging:
@@ -118,20 +115,19 @@ class _Reader:
         self.skipped: list[Skipped] = []
 
     def read(self, folder: Path) -> Comparison:
-        metrics = read_metrics(folder)
-        _check_complete(metrics)
-        limit = metrics["settings"]["limit"]
-        plain = folder.parent / metrics["methods"][UNREDUCED]["runs"][0]
+        result = read_result(folder)
+        limit = result.settings.limit
+        plain = folder.parent / result.unreduced.runs[0]
         try:
             drawn = self._chosen(plain, limit)
             records = {
-                key: [self._run(folder.parent / run, limit, drawn) for run in method["runs"]]
-                for key, method in metrics["methods"].items()
+                key: [self._run(folder.parent / run, limit, drawn) for run in method.runs]
+                for key, method in result.methods.items()
             }
         except StorageError as error:
             self.skipped.append(Skipped(folder, f"shown without what needs records: {error}"))
             records = {}
-        return Comparison(folder, metrics, _config(folder), records)
+        return Comparison(folder, result, _config(folder), records)
 
     def _chosen(self, plain: Path, limit: int | None) -> Collection[str]:
         key = plain, limit
@@ -150,37 +146,6 @@ class _Reader:
                 for record in read_records(folder, limit)
             }
         return self._runs[key]
-
-
-_COMPLETE = {
-    "run": ("hash", "identity"),
-    "benchmark": ("name", "samples", "images", "errors", "failed"),
-    "settings": ("limit",),
-    "methods": (UNREDUCED,),
-}
-_COMPLETE_METHOD = (
-    "name",
-    "knobs",
-    "runs",
-    "score",
-    "difference_to_unreduced",
-    "categories",
-    "visual_tokens",
-    "prefill_flops",
-    "time_to_first_token",
-)
-
-
-def _check_complete(metrics: Mapping[str, Any]) -> None:
-    """Raise ``ValueError`` for the first thing that the report cannot do without."""
-    for part, names in _COMPLETE.items():
-        for name in names:
-            if name not in metrics.get(part, {}):
-                raise ValueError(f"{part}.{name} is missing")
-    for key, method in metrics["methods"].items():
-        for name in _COMPLETE_METHOD:
-            if name not in method:
-                raise ValueError(f"methods.{key}.{name} is missing")
 
 
 def _config(folder: Path) -> Mapping[str, Any]:

@@ -7,7 +7,7 @@ as its id in SVG: by that the page filters it and tells its values.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,6 +20,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
+
+from tokenreduce.evaluation.statistics import Estimate
 
 INK, FAINT, GRID, CHANCE, FRONT = "#1f2329", "#68707a", "#dfe3e8", "#8b939c", "#f3c14b"
 COLORS = (
@@ -99,11 +101,11 @@ def styled(salt: str = "") -> Iterator[None]:
         yield
 
 
-def whiskers(axes: Axes, interval: Mapping[str, float | None] | None, y: float, color: str) -> list[Artist]:
+def whiskers(axes: Axes, estimate: Estimate | None, y: float, color: str) -> list[Artist]:
     """A line across from end to end of an interval, in percent; none where it has no ends."""
-    if not interval or interval.get("low") is None or interval.get("high") is None:
+    if estimate is None or estimate.low is None or estimate.high is None:
         return []
-    ends = [100 * (interval[name] or 0.0) for name in ("low", "high")]
+    ends = [100 * estimate.low, 100 * estimate.high]
     return [*axes.plot(ends, [y, y], color=color, linewidth=1.3, alpha=0.55, solid_capstyle="round")]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from tokenreduce.evaluation.records import storage, write_atomically
 from tokenreduce.reporting.columns import Column, costs, interval, quality, raw
 from tokenreduce.reporting.formatting import percent
-from tokenreduce.reporting.study import Study
+from tokenreduce.reporting.study import Study, score_in
 
 PAGE, RESULTS, CATEGORIES, MARKDOWN, FIGURES = "index.html", "results.csv", "categories.csv", "report.md", "figures"
 """What a report's folder holds."""
@@ -26,14 +26,11 @@ def write_tables(studies: Sequence[Study], output: Path, title: str) -> None:
 
 
 def _markdown(study: Study) -> str:
-    by_category = [
-        [row.label, *(percent(row.figures["categories"].get(name, {}).get("score")) for name in study.categories)]
-        for row in study.rows
-    ]
-    benchmark = study.unreduced.comparison.metrics["benchmark"]
+    by_category = [[row.label, *(percent(score_in(row, name)) for name in study.categories)] for row in study.rows]
+    benchmark = study.unreduced.comparison.result.benchmark
     parts = [
         f"## {_cell(study.title)}",
-        f"{benchmark['samples']} questions about {benchmark['images']} images; intervals of 95 %, clustered by image.",
+        f"{benchmark.samples} questions about {benchmark.images} images; intervals of 95 %, clustered by image.",
         _columns(study, quality(study)),
         "### Costs",
         _columns(study, costs(study)),
@@ -66,12 +63,12 @@ def _categories(study: Study) -> list[dict[str, Any]]:
             "model": study.model,
             "method": row.label,
             "category": name,
-            "samples": found["samples"],
-            **interval("score", found["score"]),
-            **interval("difference_to_unreduced", found["difference_to_unreduced"]),
+            "samples": found.samples,
+            **interval("score", found.score),
+            **interval("difference_to_unreduced", found.difference_to_unreduced),
         }
         for row in study.rows
-        for name, found in row.figures["categories"].items()
+        for name, found in row.method.categories.items()
     ]
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tokenreduce.reporting.charts import category_difference
 from tokenreduce.reporting.columns import first_token_ratio
-from tokenreduce.reporting.formatting import percent, points, signed
-from tokenreduce.reporting.study import Row, Study
+from tokenreduce.reporting.formatting import percent, points, ratio, ratio_interval, signed, speeds
+from tokenreduce.reporting.study import Row, Study, difference_in
 
 _SURE = 0.05
 _NAMED = 4
@@ -22,35 +21,32 @@ def findings(study: Study) -> list[str]:
 
 def faster(study: Study) -> str:
     """Whether reducing tokens made the first token come earlier, where that was measured."""
-    timed = [(row, ratio) for row in study.methods if (ratio := first_token_ratio(row))]
+    timed = [(row, taken) for row in study.methods if (taken := first_token_ratio(row))]
     if not timed:
         return ""
-    sure = [row for row, ratio in timed if ratio["high"] is not None and ratio["high"] < 1]
-    best, ratio = min(timed, key=lambda pair: pair[1]["value"] or 1.0)
-    promise = best.figures["prefill_flops"]["total_ratio"]
+    sure = [row for row, taken in timed if taken.high is not None and taken.high < 1]
+    best, fastest = min(timed, key=lambda pair: pair[1].value)
     start = (
         f"{len(sure)} of {len(timed)} settings are measurably faster to the first token"
         if sure
         else f"None of {len(timed)} settings is measurably faster to the first token"
     )
     return (
-        f"{start}. The fastest is {best.label}: {ratio['value']:.2f} of the unreduced time "
-        f"[{ratio['low']:.2f}, {ratio['high']:.2f}], where prefill FLOPs promise {promise:.2f}."
+        f"{start}. The fastest is {best.label}: {ratio_interval(fastest)} of the unreduced time, "
+        f"where prefill FLOPs promise {ratio(best.method.prefill_flops.total_ratio)}."
     )
 
 
 def bound(study: Study) -> str:
     """Whether the machine waits for memory at these lengths, where it was measured: then fewer tokens save no time."""
-    metrics = study.unreduced.comparison.metrics
-    rows = [row for row in study.rows if row.figures.get("roofline")]
-    if not metrics.get("machine") or not rows:
+    machine = study.unreduced.comparison.result.machine
+    bounds = [row.method.roofline for row in study.rows if row.method.roofline is not None]
+    if machine is None or not bounds:
         return ""
-    waiting = [row for row in rows if row.figures["roofline"]["prefill"]["memory_bound"]]
-    machine = metrics["machine"]
+    waiting = [each for each in bounds if each.prefill.memory_bound]
     return (
-        f"This machine does {machine['flops'] / 1e9:.0f} GFLOP/s and moves {machine['bytes'] / 1e9:.0f} GB/s: below "
-        f"{machine['break_even_tokens']:.0f} tokens a prompt, prefill at batch 1 waits for weights, and fewer tokens "
-        f"save nothing. That holds for {len(waiting)} of {len(rows)} rows."
+        f"This machine does {speeds(machine)}: below {machine.break_even_tokens:.0f} tokens a prompt, prefill at batch "
+        f"1 waits for weights, and fewer tokens save nothing. That holds for {len(waiting)} of {len(bounds)} rows."
     )
 
 
@@ -60,13 +56,13 @@ def _best(study: Study, budget: int, words: str) -> str:
     if len(ranked) < 2:
         return ""
     first = ranked[0]
-    difference = first.figures["difference_to_unreduced"]
+    difference = first.method.difference_to_unreduced
     apart = (
         f"{points(difference)} points to unreduced"
         if first.p_unreduced is not None and first.p_unreduced < _SURE
         else f"not told apart from unreduced ({points(difference)} points)"
     )
-    return f"At {words}: {first.label} scores highest of {len(ranked)}, {percent(first.figures['score'])} %, {apart}."
+    return f"At {words}: {first.label} scores highest of {len(ranked)}, {percent(first.method.score)} %, {apart}."
 
 
 def _chance(study: Study) -> str:
@@ -75,8 +71,9 @@ def _chance(study: Study) -> str:
     if not tested:
         return ""
     sure = [row for row in tested if (row.p_random or 0) < _SURE]
-    better = [row for row in sure if row.figures["difference_to_random"]["value"] > 0]
-    worse = [row for row in sure if row.figures["difference_to_random"]["value"] < 0]
+    differences = [(row, row.method.difference_to_random) for row in sure]
+    better = [row for row, difference in differences if difference and difference.value > 0]
+    worse = [row for row, difference in differences if difference and difference.value < 0]
     text = f"{len(better)} of {len(tested)} settings beat as many tokens drawn at random"
     return text + (f"; worse than chance: {_names(worse)}." if worse else "; none is worse.")
 
@@ -86,7 +83,10 @@ def _hardest(study: Study) -> str:
     names = study.categories
     if len(names) < 2 or not study.methods:
         return ""
-    means = {name: sum(category_difference(row, name) for row in study.methods) / len(study.methods) for name in names}
+    known = {name: [each.value for row in study.methods if (each := difference_in(row, name))] for name in names}
+    means = {name: sum(values) / len(values) for name, values in known.items() if values}
+    if len(means) < 2:
+        return ""
     most, least = (pick(means, key=lambda name: means[name]) for pick in (min, max))
     return (
         f"{most.capitalize()} suffers most, {signed(means[most])} points on average over all methods; "

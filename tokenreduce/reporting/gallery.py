@@ -132,9 +132,9 @@ def _right(record: Record) -> bool:
 
 def _benchmark(comparison: Comparison) -> Benchmark | None:
     """The benchmark that was asked, for its pictures; None, with a warning, where it cannot be made here."""
-    # The metrics may have its title instead of what it is installed as.
-    name = comparison.config.get("benchmark", {}).get("name") or comparison.metrics["benchmark"]["name"]
-    knobs = comparison.metrics["run"]["identity"].get("benchmark", {}).get("knobs", {})
+    # The result may have its title instead of what it is installed as.
+    name = comparison.config.get("benchmark", {}).get("name") or comparison.result.benchmark.name
+    knobs = comparison.result.run.identity.get("benchmark", {}).get("knobs", {})
     try:
         return BENCHMARKS.create(name, **knobs)
     except Exception as error:  # a benchmark of anybody's, on data that may be elsewhere; pictures are no necessity

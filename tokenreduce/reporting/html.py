@@ -17,15 +17,15 @@ import jinja2
 from markupsafe import Markup, escape
 
 from tokenreduce.evaluation.records import Record, storage, write_atomically
-from tokenreduce.reporting.charts import CURRENCIES, Painter, category_difference
+from tokenreduce.reporting.charts import CURRENCIES, Painter
 from tokenreduce.reporting.columns import Column, costs, quality
 from tokenreduce.reporting.discovery import Comparison, Skipped, find
 from tokenreduce.reporting.drawing import CHANCE, COLORS, FAINT, FRONT, GRID, INK, Chart, shade
 from tokenreduce.reporting.files import CATEGORIES, FIGURES, MARKDOWN, PAGE, RESULTS, write_tables
 from tokenreduce.reporting.findings import bound, faster, findings
-from tokenreduce.reporting.formatting import percent, points, signed
+from tokenreduce.reporting.formatting import percent, points, signed, tokens
 from tokenreduce.reporting.gallery import first_samples, gallery
-from tokenreduce.reporting.study import Row, Study, studies
+from tokenreduce.reporting.study import Row, Study, difference_in, score_in, studies
 
 _SAMPLES = 6
 _ANSWER = 160
@@ -81,11 +81,21 @@ def _chosen(records: Iterable[Record], samples: Sequence[str] | None) -> Sequenc
 
 @dataclass(frozen=True)
 class _Look:
-    """What a row is filtered and coloured by, and its score's interval in percent of the column's width."""
+    """What a row is filtered and coloured by, and its score as it is drawn."""
 
     series: str
     color: str
-    whisker: Mapping[str, float | None]
+    whisker: _Whisker
+
+
+@dataclass(frozen=True)
+class _Whisker:
+    """A score with its interval, and the unreduced model's score, in percent of a column's width."""
+
+    value: float
+    low: float | None
+    high: float | None
+    base: float
 
 
 class _View:
@@ -96,8 +106,8 @@ class _View:
         self.charts = {chart.name: chart for chart in painter.charts()}
         self._number = number
         self._painter = painter
-        scores = [row.figures["score"] for row in study.rows]
-        ends = [score[name] for score in scores for name in ("value", "low", "high") if score[name] is not None]
+        scores = [row.method.score for row in study.rows]
+        ends = [end for score in scores for end in (score.value, score.low, score.high) if end is not None]
         self._scale = min(ends), max(max(ends) - min(ends), 1e-9)
         self.looks = [self._look(row) for row in study.rows]
         self.series = [(name, self._look_of(name)) for name in study.series]
@@ -117,14 +127,15 @@ class _View:
         )
 
     def _look(self, row: Row) -> _Look:
-        low, width = self._scale
-        score = row.figures["score"]
-        whisker = {
-            name: None if score[name] is None else round(4 + 92 * (score[name] - low) / width, 2)
-            for name in ("value", "low", "high")
-        }
-        base = round(4 + 92 * (self.study.unreduced.score - low) / width, 2)
-        return _Look(self._painter.series_id(row), self._variable(row), whisker | {"base": base})
+        least, width = self._scale
+
+        def place(score: float) -> float:
+            return round(4 + 92 * (score - least) / width, 2)
+
+        score = row.method.score
+        low, high = (None if end is None else place(end) for end in (score.low, score.high))
+        whisker = _Whisker(place(score.value), low, high, place(self.study.unreduced.score))
+        return _Look(self._painter.series_id(row), self._variable(row), whisker)
 
     def _look_of(self, name: str) -> _Look:
         place = next(place for place, row in enumerate(self.study.rows) if row.is_method and row.series == name)
@@ -136,21 +147,18 @@ class _View:
 
     def _heat(self) -> list[tuple[Row, _Look, list[dict[str, Any]]]]:
         study = self.study
-        values = [[category_difference(row, name) for name in study.categories] for row in study.methods]
-        limit = max([0.05, *(abs(value) for row in values for value in row if value == value)])
+        found = [[difference_in(row, name) for name in study.categories] for row in study.methods]
+        limit = max([0.05, *(abs(difference.value) for row in found for difference in row if difference)])
         table = []
-        for row, differences in zip(study.methods, values, strict=True):
+        for row, differences in zip(study.methods, found, strict=True):
             cells = []
-            for name, value in zip(study.categories, differences, strict=True):
-                found = row.figures["categories"].get(name, {})
-                known = value == value  # not NaN
-                background, ink = shade(value if known else 0.0, limit)
-                title = f"{percent(found.get('score'))} %; {points(found.get('difference_to_unreduced'))} points"
+            for name, difference in zip(study.categories, differences, strict=True):
+                background, ink = shade(difference.value if difference else 0.0, limit)
                 cells.append(
                     {
-                        "value": value if known else "",
-                        "text": signed(value) if known else "",
-                        "title": title,
+                        "value": difference.value if difference else "",
+                        "text": signed(difference.value) if difference else "",
+                        "title": f"{percent(score_in(row, name))} %; {points(difference)} points",
                         "background": background,
                         "ink": ink,
                     }
@@ -200,13 +208,13 @@ def _quoted(text: str) -> str:
 
 
 def _facts(study: Study) -> list[str]:
-    metrics = study.unreduced.comparison.metrics
-    benchmark, model = metrics["benchmark"], metrics["run"]["identity"].get("model", {})
+    result = study.unreduced.comparison.result
+    benchmark, model = result.benchmark, result.run.identity.get("model", {})
     how = " · ".join(str(model[name]) for name in ("device", "dtype", "attention") if name in model)
     facts = [
-        f"{benchmark['samples']} questions, {benchmark['images']} images",
+        f"{benchmark.samples} questions, {benchmark.images} images",
         f"{len(study.methods)} settings of {len(study.series)} methods",
-        f"{study.unreduced.layer_mean:.4g} visual tokens unreduced",
+        f"{tokens(study.unreduced.layer_mean)} visual tokens unreduced",
         str(model.get("class", "")),
         how,
     ]
@@ -251,12 +259,12 @@ def _lede(views: Sequence[_View]) -> str:
 
 
 def _run(comparison: Comparison) -> dict[str, str]:
-    identity, metrics = comparison.metrics["run"]["identity"], comparison.metrics
+    identity = comparison.result.run.identity
     model = identity.get("model", {})
     reducer = identity.get("reducer", {})
     return {
         "name": comparison.folder.name,
-        "samples": str(metrics["benchmark"]["samples"]),
+        "samples": str(comparison.result.benchmark.samples),
         "model": ", ".join(str(model[name]) for name in ("class", "dtype", "device", "attention") if name in model),
         "settings": _settings(reducer.get("knobs", {})),
         "versions": _settings(identity.get("versions", {}), " "),
@@ -274,7 +282,7 @@ def _answer(text: str | None) -> str:
 
 
 def _tone(column: Column, row: Row) -> str:
-    """Whether a difference is surely for the better or the worse."""
+    """``good`` or ``bad`` for a difference that is surely for the better or the worse."""
     p_value = {"unreduced": row.p_unreduced, "random": row.p_random}.get(column.name)
     value = column.value(row)
     if p_value is None or p_value >= 0.05 or value is None:

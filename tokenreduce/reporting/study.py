@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from tokenreduce.evaluation import statistics
-from tokenreduce.evaluation.comparison import RANDOM, REDUCER, UNREDUCED
+from tokenreduce.evaluation.result import RANDOM, REDUCER, UNREDUCED, MethodResult
 from tokenreduce.evaluation.statistics import Changes, Estimate
 from tokenreduce.reporting.discovery import Comparison
-from tokenreduce.reporting.table import label
+from tokenreduce.reporting.formatting import label, share, tokens
 
 DOWNSAMPLED = "downsample"
 """The method by which VTC-Bench tells hard samples from easy ones."""
@@ -34,9 +34,9 @@ class Hard:
 class Row:
     """One method at one setting.
 
-    key:      ``unreduced``, ``reducer`` or ``random``, its place in the comparison's metrics.
+    key:      ``unreduced``, ``reducer`` or ``random``, its place in the comparison's result.
     series:   what its points are joined under and coloured by: the method, and settings other than how much it keeps.
-    figures:  its part of ``metrics.json``.
+    method:   its part of the comparison's result.
     budget:   the place of its layer mean among the study's, 0 for the unreduced model's.
     retained: the share of the unreduced score that is left.
     changes:  samples that it got right or wrong where the unreduced model did not; None for several runs.
@@ -46,7 +46,7 @@ class Row:
     key: str
     label: str
     series: str
-    figures: Mapping[str, Any]
+    method: MethodResult
     comparison: Comparison
     budget: int = 0
     retained: Estimate | None = None
@@ -57,11 +57,11 @@ class Row:
 
     @property
     def score(self) -> float:
-        return float(self.figures["score"]["value"])
+        return self.method.score.value
 
     @property
     def layer_mean(self) -> float:
-        return float(self.figures["visual_tokens"]["layer_mean"])
+        return self.method.visual_tokens.layer_mean
 
     @property
     def is_method(self) -> bool:
@@ -94,7 +94,7 @@ class Study:
 
     @property
     def categories(self) -> list[str]:
-        return list(self.unreduced.figures["categories"])
+        return list(self.unreduced.method.categories)
 
     @property
     def budgets(self) -> dict[int, str]:
@@ -103,9 +103,9 @@ class Study:
         words = {}
         for budget in sorted({row.budget for row in self.rows[1:]}):
             means = [row.layer_mean for row in self.rows if row.budget == budget and row is not self.unreduced]
-            low, high = f"{min(means):.3g}", f"{max(means):.3g}"
-            share = 100 * sum(means) / len(means) / total if total else 0.0
-            words[budget] = f"{low if low == high else f'{low}–{high}'} tokens, {share:.2g} %"  # noqa: RUF001
+            low, high = tokens(min(means)), tokens(max(means))
+            left = sum(means) / len(means) / total if total else 0.0
+            words[budget] = f"{low if low == high else f'{low}–{high}'} tokens, {share(left)}"  # noqa: RUF001
         return words
 
     @property
@@ -113,43 +113,55 @@ class Study:
         return f"{self.model} on {self.benchmark}"
 
 
+def score_in(row: Row, category: str) -> Estimate | None:
+    """A row's score in one category, where it has samples of it."""
+    found = row.method.categories.get(category)
+    return found.score if found else None
+
+
+def difference_in(row: Row, category: str) -> Estimate | None:
+    """A row's difference to the unreduced model in one category, where it has one."""
+    found = row.method.categories.get(category)
+    return found.difference_to_unreduced if found else None
+
+
 def studies(comparisons: Iterable[Comparison]) -> list[Study]:
     """Comparisons by the unreduced run that they share, and by how many samples they took."""
     groups: dict[tuple[str, Any], list[Comparison]] = {}
     for comparison in comparisons:
-        plain = comparison.methods[UNREDUCED]["runs"][0]
-        groups.setdefault((plain, comparison.metrics["settings"]["limit"]), []).append(comparison)
+        result = comparison.result
+        groups.setdefault((result.unreduced.runs[0], result.settings.limit), []).append(comparison)
     return [_study(group) for group in groups.values()]
 
 
 def _study(comparisons: Sequence[Comparison]) -> Study:
     first = comparisons[0]
-    unreduced = Row(UNREDUCED, UNREDUCED, UNREDUCED, first.methods[UNREDUCED], first)
+    unreduced = Row(UNREDUCED, UNREDUCED, UNREDUCED, first.result.unreduced, first)
     rows = [
         _row(key, comparison)
         for comparison in comparisons
         for key in (REDUCER, RANDOM)
-        if key in comparison.methods and not (key == REDUCER and _is_reference(comparison))
+        if key in comparison.result.methods and not (key == REDUCER and _is_reference(comparison))
     ]
-    rows = list({tuple(row.figures["runs"]): row for row in rows}.values())  # methods share draws of the baseline
+    rows = list({tuple(row.method.runs): row for row in rows}.values())  # methods share draws of the baseline
     rows = _named_apart(rows)
     rows = _with_budgets(rows, unreduced.layer_mean)
     rows = [replace(row, hard=_hard(row, rows)) if row.key != UNREDUCED else row for row in rows]
     rows = _corrected(rows)
     rows.sort(key=lambda row: (row.budget, -row.score, row.label))
-    return Study(
-        first.metrics["benchmark"]["name"], _model(first), [unreduced, *rows], comparisons, _notes(comparisons)
-    )
+    name = first.result.benchmark.name
+    return Study(name, _model(first), [unreduced, *rows], comparisons, _notes(comparisons))
 
 
 def _is_reference(comparison: Comparison) -> bool:
-    """Whether the method is the random baseline itself, which the comparison has as a row of more seeds anyway."""
-    return comparison.methods[REDUCER]["name"] == RANDOM and RANDOM in comparison.methods
+    """True if the method is the random baseline itself, which the comparison has as a row of more seeds anyway."""
+    result = comparison.result
+    return result.main.name == RANDOM and result.random is not None
 
 
 def _row(key: str, comparison: Comparison) -> Row:
-    figures = comparison.methods[key]
-    row = Row(key, label(figures), figures["name"], figures, comparison)
+    method = comparison.result.methods[key]
+    row = Row(key, label(method.name, method.knobs), method.name, method, comparison)
     if not comparison.answered:
         return row
     scores, plain = comparison.scores(key), comparison.scores(UNREDUCED)
@@ -157,7 +169,7 @@ def _row(key: str, comparison: Comparison) -> Row:
     single = len(comparison.records[key]) == 1
     against_random = (
         statistics.difference_p_value(scores, comparison.scores(RANDOM), images)
-        if key == REDUCER and RANDOM in comparison.methods
+        if key == REDUCER and comparison.result.random is not None
         else None
     )
     return replace(
@@ -173,12 +185,12 @@ def _named_apart(rows: Sequence[Row]) -> list[Row]:
     """Labels and series with the settings that tell a method's rows apart, besides how much is kept."""
     named = []
     for row in rows:
-        knobs = row.figures["knobs"]
+        knobs = row.method.knobs
         if parts := knobs.get("reducers"):
             series = " + ".join(part["name"] for part in parts)
             named.append(replace(row, series=series))
             continue
-        alike = [other.figures["knobs"] for other in rows if other.key == row.key and other.series == row.series]
+        alike = [other.method.knobs for other in rows if other.key == row.key and other.series == row.series]
         varying = [
             name
             for name in knobs
@@ -204,9 +216,7 @@ def _with_budgets(rows: Sequence[Row], total: float) -> list[Row]:
 
 def _hard(row: Row, rows: Sequence[Row]) -> Hard | None:
     judges = [
-        other
-        for other in rows
-        if other.is_method and other.figures["name"] == DOWNSAMPLED and other.budget == row.budget
+        other for other in rows if other.is_method and other.method.name == DOWNSAMPLED and other.budget == row.budget
     ]
     if not judges or not row.comparison.answered:
         return None
@@ -245,25 +255,25 @@ def _holm(p_values: Sequence[float | None]) -> list[float | None]:
 def _model(comparison: Comparison) -> str:
     """The checkpoint's name, or its class where nothing else is known."""
     path = comparison.config.get("model", {}).get("path")
-    known = comparison.metrics["run"]["identity"].get("model", {})
+    known = comparison.result.run.identity.get("model", {})
     name = known.get("name") or (Path(str(path)).name if path else None)
     return str(name or known.get("class") or "an unnamed model")
 
 
 def _notes(comparisons: Sequence[Comparison]) -> list[str]:
     """What a reader of the table must know about the samples behind it."""
-    counts = sorted({comparison.metrics["benchmark"]["samples"] for comparison in comparisons})
+    counts = sorted({comparison.result.benchmark.samples for comparison in comparisons})
     notes = []
     if len(counts) > 1:
         notes.append(
             f"Rows are over {counts[0]} to {counts[-1]} samples: those that every run of a comparison answered."
         )
     for comparison in comparisons:
-        benchmark = comparison.metrics["benchmark"]
-        if benchmark["errors"]:
-            first = benchmark["failed"][0]
+        benchmark = comparison.result.benchmark
+        if benchmark.errors:
+            first = benchmark.failed[0]
             notes.append(
-                f"{comparison.folder.name} leaves out {benchmark['errors']} samples without an answer, "
-                f"the first {first['id']}: {first['error']}"
+                f"{comparison.folder.name} leaves out {benchmark.errors} samples without an answer, "
+                f"the first {first.id}: {first.error}"
             )
     return notes

@@ -11,12 +11,13 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from tokenreduce.evaluation.records import Record
+from tokenreduce.evaluation.result import Result
 from tokenreduce.reporting.files import CATEGORIES, FIGURES, PAGE, RESULTS
 from tokenreduce.reporting.pictures import KEPT_TOKENS
 
@@ -57,21 +58,21 @@ def log_run(
     tracking: Tracking,
     folder: Path,
     config: Mapping[str, Any],
-    metrics: Mapping[str, Any],
+    result: Result,
     reduced: Sequence[Record],
     unreduced: Sequence[Record],
 ) -> str | None:
     """Log a finished run; returns where it can be found, in words, or None where it was not logged."""
 
     def content(wandb: Any) -> dict[str, Any]:
-        logged: dict[str, Any] = flattened(metrics)
+        logged: dict[str, Any] = flattened(result)
         logged["samples"] = wandb.Table(columns=list(COLUMNS), data=sample_rows(reduced, unreduced))
         picture = folder / KEPT_TOKENS
         if tracking.images and picture.exists():
             logged["kept_tokens"] = wandb.Image(str(picture))
         return logged
 
-    return _log(tracking, folder, "run", {**config, "run": metrics["run"]}, content)
+    return _log(tracking, folder, "run", {**config, "run": asdict(result.run)}, content)
 
 
 def log_report(tracking: Tracking, report: Path) -> str | None:
@@ -92,8 +93,8 @@ def log_report(tracking: Tracking, report: Path) -> str | None:
     return _log(named, report, "report", {}, content)
 
 
-def flattened(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Every number of the methods' metrics under a name with slashes: ``reducer/score/value``."""
+def flattened(result: Result) -> dict[str, float]:
+    """Every number of the methods' results under a name with slashes: ``reducer/score/value``."""
     flat: dict[str, float] = {}
 
     def visit(value: Any, name: str) -> None:
@@ -103,9 +104,10 @@ def flattened(metrics: Mapping[str, Any]) -> dict[str, float]:
         elif isinstance(value, int | float) and not isinstance(value, bool):
             flat[name] = value
 
-    for key, method in metrics["methods"].items():
-        visit({name: part for name, part in method.items() if name != "knobs"}, key)
-    visit({name: metrics["benchmark"][name] for name in ("samples", "images", "errors")}, "benchmark")
+    for key, method in result.methods.items():
+        visit({name: part for name, part in asdict(method).items() if name != "knobs"}, key)
+    benchmark = result.benchmark
+    visit({"samples": benchmark.samples, "images": benchmark.images, "errors": benchmark.errors}, "benchmark")
     return flat
 
 
