@@ -9,13 +9,14 @@ import pytest
 from transformers import LlamaConfig
 
 from tokenreduce import available, create
-from tokenreduce.budget import AdaptiveError, Budget, Currency, Layout, layer_counts, solve
+from tokenreduce.budget import Budget, Currency, solve
+from tokenreduce.counts import AdaptiveError, Layout, layer_counts
 from tokenreduce.flops import decoder_flops, paper_flops
-from tokenreduce.reducer import AtInput, AtProjector, Geometry, Grid, Keep, Step, TokenReducer
+from tokenreduce.reducer import AtInput, AtProjector, Geometry, Grid, Keep, Step, Tile, TokenReducer
 
 LLAVA = Geometry(encoder_layers=24, decoder_layers=32, feature_layer=22, class_token=True)
-SQUARE = Layout((Grid(24, 24),), text=64)
-WIDE = Layout((Grid(12, 20), Grid(30, 30)), text=20)
+SQUARE = Layout((Tile(Grid(24, 24)),), text=64)
+WIDE = Layout((Tile(Grid(12, 20)), Tile(Grid(30, 30), picture=1)), text=20)
 DECODER = LlamaConfig()
 ADAPTIVE = {"prumerge", "prumerge_plus"}
 WITHOUT_KNOB = {"none", "no_image"}
@@ -147,7 +148,7 @@ def test_in_a_chain_the_last_reducer_meets_the_budget() -> None:
 
 
 def test_special_tokens_count_while_a_visual_one_is_left() -> None:
-    lines = Layout((Grid(24, 24),), special=24, text=64)
+    lines = Layout((Tile(Grid(24, 24)),), special=24, text=64)
     assert layer_counts(create("random", keep=100), LLAVA, lines) == (124,) * 32
     assert layer_counts(create("no_image"), LLAVA, lines) == (0,) * 32
 

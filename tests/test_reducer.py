@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from tokenreduce import create
-from tokenreduce.reducer import Geometry, Grid, Span, VisualTokens, best, layer_index, tokens_to_keep
+from tokenreduce.reducer import Geometry, Grid, Span, Tile, VisualTokens, best, layer_index, tokens_to_keep
+from tokenreduce.signals import TokenSizes
 
-SPAN = Span(Geometry(4, 4, 2, True), (Grid(3, 3),), 9, 9)
+SPAN = Span(Geometry(4, 4, 2, True), (Tile(Grid(3, 3)),), 9, 9)
 
 
 @pytest.mark.parametrize(
@@ -106,4 +107,4 @@ def test_randomness_comes_from_the_seed_and_the_picture() -> None:
 def test_an_undeclared_signal_is_refused() -> None:
     tokens = VisualTokens(torch.zeros(9, 1), SPAN, 4)
     with pytest.raises(KeyError, match="list it in the step's `sees`"):
-        tokens["anything"]
+        tokens[TokenSizes()]

@@ -1,46 +1,40 @@
 """Equal budgets: the setting at which a reducer costs what it shall cost, found on its counts alone.
 
 A budget is in one of three currencies: visual tokens that enter the language model, their mean over the inputs of its
-layers, or the FLOPs of its prefill. :meth:`TokenReducer.count` tells all three before any embedding exists, so that
-nothing has to be run. What was really spent is in the records, and is what tables show.
+layers, or the FLOPs of its prefill. :mod:`tokenreduce.counts` knows all three before any embedding exists, so that
+nothing has to be run; where a method decides by what it sees, they are measured instead. What was really spent is in
+the records, and is what tables show.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from statistics import fmean
 from typing import Literal, get_args
 
 from transformers import PretrainedConfig
 
+from tokenreduce.counts import AdaptiveError, Layout, entering, layer_counts
 from tokenreduce.flops import decoder_flops
-from tokenreduce.reducer import (
-    AtDecoder,
-    AtInput,
-    Geometry,
-    Grid,
-    Keep,
-    Span,
-    Step,
-    TokenReducer,
-    check_keep,
-    layer_index,
-)
+from tokenreduce.reducer import Geometry, Keep, TokenReducer, check_keep
 
 Currency = Literal["tokens", "layer_mean", "flops"]
 
 RESOLUTION = 10**6
 """Ratios are solved to so many parts."""
 
+MEASURED_RESOLUTION = 10**3
+"""Likewise where the model is run for every try."""
+
+Measure = Callable[[TokenReducer], Sequence[Sequence[int]]]
+"""Runs a reducer: for every prompt how many visual tokens each layer of the language model took in."""
+
 _ROUNDING = 1 + 1e-9
 """A budget is not missed by the last digits of a float."""
-
-
-class AdaptiveError(ValueError):
-    """The reducer decides by what it sees how many tokens it keeps, so no count is known before a model has run."""
 
 
 @dataclass(frozen=True)
@@ -67,25 +61,6 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """A prompt as it is before anything is computed.
-
-    grids:   the tiles of its pictures, as they enter.
-    special: how many tokens besides stand at its placeholders, such as newlines. All of them count as long as any
-             visual token is left, though some families drop theirs line by line.
-    text:    how many other tokens it has.
-    """
-
-    grids: tuple[Grid, ...]
-    special: int = 0
-    text: int = 0
-
-    @property
-    def visual(self) -> int:
-        return sum(map(len, self.grids)) + self.special
-
-
-@dataclass(frozen=True)
 class Solution:
     """A reducer that meets ``budget``.
 
@@ -104,7 +79,12 @@ class Solution:
 
 
 def solve(
-    reducer: TokenReducer, budget: Budget, geometry: Geometry, layouts: Sequence[Layout], decoder: PretrainedConfig
+    reducer: TokenReducer,
+    budget: Budget,
+    geometry: Geometry,
+    layouts: Sequence[Layout],
+    decoder: PretrainedConfig,
+    measure: Measure | None = None,
 ) -> Solution:
     """Set the reducer's own knob (:meth:`TokenReducer.with_keep`) so that it costs ``budget``, or as near to it as the
     knob comes: at most half a step off, and less of two equally near.
@@ -113,14 +93,33 @@ def solve(
     knob becomes a number too; otherwise a ratio, the shortest one that costs this much, which then means something
     for pictures of other sizes. ``decoder`` is the configuration of the language model.
 
+    The counts of an adaptive method nobody knows in advance; ``measure`` runs it on the prompts of the layouts instead.
+
     Raises ``ValueError`` for a budget out of reach, with the range that is within, and for a reducer that has no knob;
-    ``AdaptiveError`` for one whose counts nobody knows in advance.
+    ``AdaptiveError`` for an adaptive one that is not measured.
     """
     name = type(reducer).__name__
+    resolution = RESOLUTION
+
+    def counted(candidate: TokenReducer) -> float:
+        return _mean(candidate, budget.currency, geometry, layouts, decoder)
+
+    def measured(candidate: TokenReducer) -> float:
+        if measure is None:
+            raise ValueError("nothing measures this reducer")
+        pairs = zip(layouts, measure(candidate), strict=True)
+        return fmean(_cost(budget.currency, layout, counts, decoder) for layout, counts in pairs)
+
+    spends = counted
+    if measure is not None:
+        try:
+            counted(reducer)
+        except AdaptiveError:
+            spends, resolution = measured, MEASURED_RESOLUTION
 
     @lru_cache(maxsize=None, typed=True)  # 1 is one token, 1.0 is all of them
     def cost(setting: Keep) -> float:
-        return _mean(reducer.with_keep(setting), budget.currency, geometry, layouts, decoder)
+        return spends(reducer.with_keep(setting))
 
     def cost_if_allowed(setting: Keep) -> float:
         """A method may need a least number of tokens; below that nothing is allowed."""
@@ -137,15 +136,15 @@ def solve(
     try:
         reducer.with_keep(1.0)
     except TypeError as error:
-        always = describe(_mean(reducer, budget.currency, geometry, layouts, decoder))
+        always = describe(spends(reducer))
         raise ValueError(f"{error}, so it meets no budget: it costs {always}") from error
 
     most = cost(1.0)
     counting = _counts(reducer, budget, layouts)
-    places = range(1, (max(len(layout.grids[0]) for layout in layouts) if counting else RESOLUTION) + 1)
+    places = range(1, (max(len(layout.tiles[0].grid) for layout in layouts) if counting else resolution) + 1)
 
     def setting(place: int) -> Keep:
-        return place if counting else place / RESOLUTION
+        return place if counting else place / resolution
 
     def by_place(place: int) -> float:
         return cost_if_allowed(setting(place))
@@ -154,7 +153,7 @@ def solve(
     if not least <= asked * _ROUNDING or not asked <= most * _ROUNDING:
         reach = f"it can cost {least:.4g} to {most:.4g}, {least / whole:.3g} to {most / whole:.3g} of the whole"
         if least == most:
-            inside = all(isinstance(step, AtDecoder) for step in reducer.steps(geometry))
+            inside = all(step.decoder_layer(geometry) is not None for step in reducer.steps(geometry))
             hint = "; it drops tokens inside the language model, so use budget=layer_mean" if inside else ""
             reach = f"it always costs {describe(most)}{hint}"
         raise ValueError(f"{name} cannot cost {describe(asked)}: on this model {reach}")
@@ -167,57 +166,6 @@ def solve(
     return Solution(reducer.with_keep(found), budget, asked, cost(found), least, most, whole)
 
 
-def layer_counts(reducer: TokenReducer, geometry: Geometry, layout: Layout) -> tuple[int, ...]:
-    """How many visual tokens every layer of the language model takes in, ``(decoder layers,)``.
-
-    Raises ``AdaptiveError`` where that is known only after a model has run.
-    """
-    steps = reducer.steps(geometry)
-    before = [step for step in steps if not isinstance(step, AtDecoder)]
-    entering = sum(_left(reducer, before, geometry, grid) for grid in layout.grids)
-    entering += layout.special if entering else 0
-    inside: dict[int, list[AtDecoder]] = {}
-    for step in steps:
-        if isinstance(step, AtDecoder):
-            inside.setdefault(layer_index(step.layer, geometry.decoder_layers), []).append(step)
-    if 0 in inside:
-        raise ValueError(f"{type(reducer).__name__} would drop tokens before decoder layer 0")
-    counts, current = [], entering
-    for layer in range(geometry.decoder_layers):
-        for step in inside.get(layer, ()):
-            if current:
-                count = reducer.count(step, Span(geometry, layout.grids, entering, current))
-                if count is None:
-                    raise _adaptive(reducer)
-                current = count
-        counts.append(current)
-    return tuple(counts)
-
-
-def _left(reducer: TokenReducer, steps: Sequence[Step], geometry: Geometry, grid: Grid) -> int:
-    """How many tokens of one tile enter the language model."""
-    encoded, current, known = grid, len(grid), True
-    for step in steps:
-        if not current:
-            break
-        count = reducer.count(step, Span(geometry, (encoded,), len(encoded), current))
-        if isinstance(step, AtInput) and count:
-            encoded = encoded.fit(count)
-            count = len(encoded)
-        # An adaptive step between others does no harm where a later one says how many it leaves in the end.
-        known = count is not None and (known or count != current)
-        current = current if count is None else count
-    if not known:
-        raise _adaptive(reducer)
-    return current
-
-
-def _adaptive(reducer: TokenReducer) -> AdaptiveError:
-    return AdaptiveError(
-        f"{type(reducer).__name__} decides by the picture how many tokens it keeps, so it cannot be held to a budget"
-    )
-
-
 def _mean(
     reducer: TokenReducer | None,
     currency: Currency,
@@ -226,23 +174,32 @@ def _mean(
     decoder: PretrainedConfig,
 ) -> float:
     """What a reducer costs on average over the layouts; the unreduced model where it is None."""
-    costs = []
-    for layout in layouts:
-        unreduced = (layout.visual,) * geometry.decoder_layers
-        counts = unreduced if reducer is None else layer_counts(reducer, geometry, layout)
-        match currency:
-            case "tokens":
-                costs.append(float(counts[0]))
-            case "layer_mean":
-                costs.append(sum(counts) / len(counts))
-            case "flops":
-                costs.append(decoder_flops([layout.text + count for count in counts], decoder))
-    return sum(costs) / len(costs)
+
+    def counts(layout: Layout) -> Sequence[int]:
+        if reducer is None:
+            return (layout.visual,) * geometry.decoder_layers
+        # A method that is adaptive inside the language model may well say how many enter it.
+        return (
+            [entering(reducer, geometry, layout)] if currency == "tokens" else layer_counts(reducer, geometry, layout)
+        )
+
+    return fmean(_cost(currency, layout, counts(layout), decoder) for layout in layouts)
+
+
+def _cost(currency: Currency, layout: Layout, counts: Sequence[int], decoder: PretrainedConfig) -> float:
+    """What a prompt of this layout costs whose layers take in so many visual tokens."""
+    match currency:
+        case "tokens":
+            return float(counts[0])
+        case "layer_mean":
+            return fmean(counts)
+        case "flops":
+            return decoder_flops([layout.text + count for count in counts], decoder)
 
 
 def _counts(reducer: TokenReducer, budget: Budget, layouts: Sequence[Layout]) -> bool:
     """Whether the knob becomes a number of tokens, and not a ratio."""
-    if isinstance(budget.value, float) or any(len(layout.grids) != 1 for layout in layouts):
+    if isinstance(budget.value, float) or any(len(layout.tiles) != 1 for layout in layouts):
         return False
     try:
         reducer.with_keep(1)

@@ -8,8 +8,7 @@ from itertools import chain
 from typing import Any
 
 from tokenreduce.reducer import (
-    AtEncoderOutput,
-    AtProjector,
+    Count,
     Geometry,
     Keep,
     Positions,
@@ -46,15 +45,12 @@ class Chain(TokenReducer):
         each = (reducer.steps(geometry) for reducer in self.reducers)
         return [replace(step, member=number) for number, steps in enumerate(each) for step in steps]
 
-    def count(self, step: Step, span: Span) -> int | None:
+    def count(self, step: Step, span: Span) -> Count:
         return self.reducers[step.member].count(step, _as_entered(step, span))
 
     def select(self, step: Step, tokens: VisualTokens) -> Selection:
-        owner, carried = tokens.carried or (None, None)
-        tokens.carried = carried if owner == step.member else None
         tokens.span = _as_entered(step, tokens.span)
-        selection = self.reducers[step.member].select(step, tokens)
-        return replace(selection, carry=(step.member, selection.carry))
+        return self.reducers[step.member].select(step, tokens)
 
     def positions_after(self, step: Step) -> Positions:
         return self.reducers[step.member].positions_after(step)
@@ -76,8 +72,7 @@ class Chain(TokenReducer):
 
 def _as_entered(step: Step, span: Span) -> Span:
     """The span as a later reducer of the chain sees it: what is there now is what entered."""
-    later = step.member > 0 and isinstance(step, AtEncoderOutput | AtProjector)
-    return replace(span, entered=span.current) if later else span
+    return replace(span, entered=span.current) if step.member > 0 and step.behind_encoder else span
 
 
 def _member(each: Any) -> TokenReducer:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -23,12 +23,18 @@ from tokenreduce.knobs import check_knobs
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from tokenreduce.signals import Signal
+
 Keep = int | float
 """How much to keep: a ratio of the visual tokens in (0, 1] when a float, a number of tokens when an int.
 
-A number is of what one selection is about: before the language model an image (or each tile or frame of it, where a
-model cuts images up), inside it a whole sample. Where fewer tokens are there, all of them are kept.
+A number is of what one selection is about, the step's scope: before the language model by default an image (or each
+tile or frame of it, where a model cuts images up), inside it a whole sample. Where fewer tokens are there, all of them
+are kept.
 """
+
+Count = int | tuple[int, int] | None
+"""How many tokens a step leaves: a number, a range ``(least, most)``, or None where only the method itself can tell."""
 
 Layer = int | float
 """A layer: its 0-based index, a negative index from the end, or a fraction of the depth in [0, 1) when a float."""
@@ -40,25 +46,36 @@ Where a model's positions are in space and time (M-RoPE), compact ones close up 
 picture of which nothing is left, and what follows the picture; the others keep their arrangement.
 """
 
-Rounding = Literal["floor", "round", "ceil"]
+Rounding = Literal["floor", "round", "ceil", "even"]
+"""What becomes of a half: ``round`` takes it up, ``even`` to the even neighbour, as Python's ``round`` does."""
+
+Scope = Literal["tile", "picture", "sample"]
+"""What one selection is about.
+
+tile:    what the encoder attends within: an image, a tile of one where the model cuts images up, a frame.
+picture: one image or video whole, all its tiles or frames.
+sample:  all pictures of a prompt.
+"""
+
+Role = Literal["whole", "thumbnail", "crop", "frame"]
+"""What a tile shows: a whole image, the overview of one that is cut up, a part of it, or a frame of a video."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The layout of one image's visual tokens: ``time`` frames of ``height`` x ``width`` tokens in raster order."""
+    """The layout of one tile's visual tokens: ``height`` x ``width`` of them in raster order."""
 
     height: int
     width: int
-    time: int = 1
 
     def __len__(self) -> int:
-        return self.time * self.height * self.width
+        return self.height * self.width
 
     def fit(self, count: int) -> Grid:
         """The largest spatial grid of at most ``count`` tokens whose shape stays close to this one.
 
         >>> Grid(12, 12).fit(36)
-        Grid(height=6, width=6, time=1)
+        Grid(height=6, width=6)
         """
         shape = self.height / self.width
 
@@ -73,7 +90,7 @@ class Grid:
         return Grid(height, min(self.width, count // height))
 
     def cells(self, coarse: Grid) -> tuple[Tensor, Tensor]:
-        """Lay ``coarse`` over one frame of this grid: the token nearest each cell's centre ``(cells,)``, and each
+        """Lay ``coarse`` over this grid: the token nearest each cell's centre ``(cells,)``, and each
         token's cell ``(tokens,)``."""
         rows = (torch.arange(coarse.height) * 2 + 1) * self.height // (2 * coarse.height)
         columns = (torch.arange(coarse.width) * 2 + 1) * self.width // (2 * coarse.width)
@@ -101,42 +118,100 @@ class Geometry:
     tokens: int | None = None
     patches_per_token: int = 1
 
+    def encoder_layer(self, layer: Layer) -> int:
+        """The 0-based index of a layer of the vision encoder. Raises ``ValueError`` for one that does not exist."""
+        return layer_index(layer, self.encoder_layers)
+
+    def decoder_layer(self, layer: Layer) -> int:
+        """The 0-based index of a layer of the language model. Raises ``ValueError`` for one that does not exist."""
+        return layer_index(layer, self.decoder_layers)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What a method may know about one tile: an image, a part of one, or a frame of a video.
+
+    grid:    the layout of its tokens as it entered.
+    role:    what it shows.
+    picture: which of the prompt's pictures it belongs to.
+    row, column: where its first token lies in the grid that the parts of its picture form together, in tokens.
+    time:    seconds from the beginning of its video, None where the model has none.
+    """
+
+    grid: Grid
+    role: Role = "whole"
+    picture: int = 0
+    row: int = 0
+    column: int = 0
+    time: float | None = None
+
 
 @dataclass(frozen=True)
 class Span:
-    """The visual tokens that one selection is about: one image's, or a whole sample's.
+    """The visual tokens that one selection is about: those of a tile, of a picture, or of a sample.
 
     geometry: the model's.
-    grids:    the layout of every image in it, as it entered.
+    tiles:    what the tokens are of.
     entered:  how many tokens entered: the vision encoder, or the language model where the step is inside that.
     current:  how many are left at this step.
     """
 
     geometry: Geometry
-    grids: tuple[Grid, ...]
+    tiles: tuple[Tile, ...]
     entered: int
     current: int
 
     @property
+    def grids(self) -> tuple[Grid, ...]:
+        """The layout of every tile, as it entered."""
+        return tuple(tile.grid for tile in self.tiles)
+
+    @property
     def grid(self) -> Grid:
-        """The layout of the only image; a span of several images has none."""
-        if len(self.grids) != 1:
-            raise ValueError(f"this span holds {len(self.grids)} images, so it has no single grid")
-        return self.grids[0]
+        """The layout of the only tile; a span of several has none."""
+        if len(self.tiles) != 1:
+            raise ValueError(f"this span holds {len(self.tiles)} tiles, so it has no single grid")
+        return self.tiles[0].grid
+
+    @property
+    def times(self) -> tuple[float | None, ...]:
+        """The seconds at which each tile was taken, None where the model has no times."""
+        return tuple(tile.time for tile in self.tiles)
+
+    def keep(self, keep: Keep, rounding: Rounding = "floor") -> int:
+        """How many tokens ``keep`` means of those that entered."""
+        return tokens_to_keep(keep, self.entered, rounding)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One place where a reducer acts.
+    """One place where a reducer acts. Its kinds, the sites, are below, in the order in which a picture passes them.
 
-    keep:   what :meth:`TokenReducer.count` reads; None for an adaptive step.
-    sees:   the signals that it needs.
-    member: which reducer of a chain it belongs to; the chain sets it.
+    keep:     how many tokens it leaves, None for an adaptive step; :meth:`TokenReducer.count` reads it.
+    rounding: what a ratio is rounded to.
+    sees:     the signals that it needs.
+    scope:    what one selection is about.
+    ordered:  True if rows go on in the order of ``Selection.index``. Otherwise they do so within a picture of one tile,
+              and those of several tiles, or beside newlines, go on in raster order.
+    member:   which reducer of a chain it belongs to; the chain sets it.
+
+    For whoever adds a site: ``resizes`` is True if it changes the picture and not the tokens, ``behind_encoder`` if
+    what it sees has left the vision encoder and not yet entered the language model.
     """
 
+    resizes: ClassVar[bool] = False
+    behind_encoder: ClassVar[bool] = False
+
     keep: Keep | None = None
-    sees: tuple[Hashable, ...] = ()
+    rounding: Rounding = "floor"
+    sees: tuple[Signal, ...] = ()
+    scope: Scope = "tile"
+    ordered: bool = False
     member: int = 0
+
+    def decoder_layer(self, geometry: Geometry) -> int | None:
+        """The layer of the language model at whose input it acts, None if it acts before the language model."""
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,12 +219,14 @@ class AtInput(Step):
     """Before the vision tower: the picture itself is made smaller, so that it gives ``count`` tokens; 0 takes it
     away."""
 
+    resizes: ClassVar[bool] = True
+
 
 @dataclass(frozen=True, kw_only=True)
 class AtEncoder(Step):
     """Inside the vision encoder: after the attention of ``layer``, before its feed-forward network, or after the block.
 
-    Sees one image at a time. A class token stays in the sequence and is not among the tokens that are shown.
+    A class token stays in the sequence and is not among the tokens that are shown. The scope is a tile.
     """
 
     layer: Layer
@@ -158,30 +235,40 @@ class AtEncoder(Step):
 
 @dataclass(frozen=True, kw_only=True)
 class AtEncoderOutput(Step):
-    """Between the vision encoder and the projector, on the features that it takes. Sees one image at a time."""
+    """Between the vision encoder and the projector, on the features that it takes."""
+
+    behind_encoder: ClassVar[bool] = True
 
 
 @dataclass(frozen=True, kw_only=True)
 class AtProjector(Step):
-    """After the projector: between the vision side and the language model. Sees one image at a time."""
+    """After the projector: between the vision side and the language model."""
+
+    behind_encoder: ClassVar[bool] = True
 
 
 @dataclass(frozen=True, kw_only=True)
 class AtDecoder(Step):
-    """At the input of one layer of the language model, in prefill. Sees all visual tokens of a sample at once."""
+    """At the input of one layer of the language model, in prefill. Special tokens, such as newlines, are tokens like
+    any other there, unless the scope is a tile."""
 
     layer: Layer
+    scope: Scope = "sample"
+
+    def decoder_layer(self, geometry: Geometry) -> int:
+        return geometry.decoder_layer(self.layer)
 
 
 @dataclass
 class Selection:
     """What a reducer decided about the ``n`` tokens that it was shown.
 
-    index:    ``(k,)`` long, the token that each output row stands for. Ascending unless a method declares another
-              order; -1 for a row that stands for none of them, such as a class token that is passed on.
+    index:    ``(k,)`` long, the token that each output row stands for. Ascending unless a method has an order of its
+              own; -1 for a row that stands for none of them, such as a class token that is passed on.
     features: ``(k, dim)``, the rows themselves where a method merges; otherwise the features at ``index`` are taken.
     source:   ``(n,)`` long, the row that each token went into, -1 for a dropped one; from ``index`` if absent.
     size:     ``(k,)``, how many original tokens each row holds, where attention shall count them (in the encoder).
+    values:   ``(k, ...)``, numbers of the method's own that follow their rows into its later steps.
     carry:    anything that the same reducer wants to find in ``tokens.carried`` at its next step.
     """
 
@@ -189,12 +276,8 @@ class Selection:
     features: Tensor | None = None
     source: Tensor | None = None
     size: Tensor | None = None
+    values: Tensor | None = None
     carry: Any = None
-
-    @classmethod
-    def everything(cls, tokens: VisualTokens, carry: Any = None) -> Selection:
-        """Keep all: a step that only looks."""
-        return cls(torch.arange(len(tokens), device=tokens.features.device), carry=carry)
 
     def sources(self, entering: int) -> Tensor:
         """``source``, or the one that plain dropping implies: ``(entering,)`` long."""
@@ -210,9 +293,13 @@ class VisualTokens:
 
     features: ``(n, dim)``, the tokens as they are at this site.
     index:    ``(n,)`` long, their places among the tokens that entered.
+    tile:     ``(n,)`` long, which of ``span.tiles`` each is of; -1 for a special one, such as a newline.
+    place:    ``(n,)`` long, their places in the grids of their tiles; -1 where a row stands for none.
+    values:   ``(n, ...)``, what an earlier :class:`Selection` of the same reducer gave along; None if none did.
     span:     the layout and the counts.
-    keep:     how many to keep. Raises ``ValueError`` at a step whose count is None.
-    carried:  what the previous step's :class:`Selection` carried, None at the first.
+    keep:     how many to keep. Raises ``ValueError`` at a step whose count is no number.
+    carried:  what the previous step's :class:`Selection` carried, None at the first. Where that step made several
+              selections of what is seen together here, a list of theirs.
 
     ``tokens[signal]`` hands over a declared signal; it is computed at that moment.
     """
@@ -221,39 +308,81 @@ class VisualTokens:
         self,
         features: Tensor,
         span: Span,
-        keep: int | None,
+        count: Count,
         *,
         index: Tensor | None = None,
-        signals: Callable[[Hashable], Any] | None = None,
+        tile: Tensor | None = None,
+        place: Tensor | None = None,
+        values: Tensor | None = None,
+        signals: Callable[[Any], Sequence[Any]] | None = None,
         fingerprint: Callable[[], int] = lambda: 0,
         carried: Any = None,
     ) -> None:
         self.features = features
         self.span = span
-        self._keep = keep
+        self._count = count
         self.index = torch.arange(len(features), device=features.device) if index is None else index
+        self.tile = torch.zeros_like(self.index) if tile is None else tile
+        self.place = self.index if place is None else place
+        self.values = values
         self.carried = carried
         self._signals = signals
         self._fingerprint = fingerprint
 
     @property
     def adaptive(self) -> bool:
-        """Whether the method itself decides how many to keep."""
-        return self._keep is None
+        """True if the method itself decides how many to keep, though perhaps within bounds."""
+        return not isinstance(self._count, int)
 
     @property
     def keep(self) -> int:
-        if self._keep is None:
-            raise ValueError("this step is adaptive: its count is None, so nothing says how many to keep")
-        return self._keep
+        if not isinstance(self._count, int):
+            raise ValueError(f"this step is adaptive: its count is {self._count}, so no number says how many to keep")
+        return self._count
+
+    @property
+    def bounds(self) -> tuple[int, int] | None:
+        """The least and the most that may be kept; None where nothing bounds it."""
+        return (self._count, self._count) if isinstance(self._count, int) else self._count
 
     def __len__(self) -> int:
         return len(self.features)
 
-    def __getitem__(self, signal: Hashable) -> Any:
+    def each(self, signal: Signal) -> Sequence[Any]:
+        """A signal's value for every tile of the span. Of a signal that is about the whole scope there is one."""
         if self._signals is None:
             raise KeyError(f"{signal} was not declared: list it in the step's `sees`")
         return self._signals(signal)
+
+    def __getitem__(self, signal: Signal) -> Any:
+        values = self.each(signal)
+        if len(values) == 1:
+            return values[0]
+        if all(isinstance(value, Tensor) for value in values) and sum(map(len, values)) == len(self):
+            return torch.cat(list(values))
+        raise ValueError(f"{signal} has one value for each of {len(values)} tiles: use tokens.each(...)")
+
+    def best(self, scores: Tensor, count: int | None = None) -> Tensor:
+        """The places of the ``count`` (by default ``keep``) highest ``scores`` ``(n,)``, ascending, ties by order."""
+        return best(scores, self.keep if count is None else count)
+
+    def others(self, places: Tensor) -> Tensor:
+        """The places of all tokens but those at ``places``, ascending."""
+        rest = torch.ones(len(self), dtype=torch.bool, device=self.features.device)
+        return rest.index_fill(0, places, False).nonzero()[:, 0]
+
+    def everything(self, carry: Any = None) -> Selection:
+        """The selection that keeps all: a step that only looks."""
+        return Selection(torch.arange(len(self), device=self.features.device), carry=carry)
+
+    @property
+    def coordinates(self) -> Tensor:
+        """Row and column of every token in the grid that the parts of its picture form: ``(n, 2)`` long, -1 for special
+        ones."""
+        tiles = [(tile.grid.width, tile.row, tile.column) for tile in self.span.tiles]
+        width, row, column = torch.tensor([*tiles, (1, 0, 0)], device=self.tile.device)[self.tile].unbind(-1)
+        inside = torch.stack([self.place // width + row, self.place % width + column], dim=-1)
+        return inside.masked_fill((self.tile < 0)[:, None] | (self.place < 0)[:, None], -1)
 
     def generator(self, seed: int) -> torch.Generator:
         """Randomness from ``seed`` and the picture alone: the same in every batch, different for different pictures."""
@@ -284,10 +413,10 @@ class TokenReducer(ABC):
     def steps(self, geometry: Geometry) -> Sequence[Step]:
         """Where the method acts on a model of this geometry, in order."""
 
-    def count(self, step: Step, span: Span) -> int | None:
-        """How many tokens ``step`` leaves of ``span``, known before any embedding exists; None for an adaptive
-        method."""
-        return None if step.keep is None else tokens_to_keep(step.keep, span.entered)
+    def count(self, step: Step, span: Span) -> Count:
+        """How many tokens ``step`` leaves of ``span``, known before any embedding exists: by default what the step's
+        ``keep`` and ``rounding`` say. A range, or None, for an adaptive method."""
+        return None if step.keep is None else span.keep(step.keep, step.rounding)
 
     def select(self, step: Step, tokens: VisualTokens) -> Selection:
         """Choose: exactly ``tokens.keep`` rows unless the step is adaptive. Not called for :class:`AtInput`."""
@@ -345,7 +474,7 @@ class ScoreReducer(TokenReducer):
         """``(n,)``, higher is better. Equal scores go to the token that comes first."""
 
     def select(self, step: Step, tokens: VisualTokens) -> Selection:
-        return Selection(best(self.score(tokens), tokens.keep))
+        return Selection(tokens.best(self.score(tokens)))
 
 
 def best(scores: Tensor, count: int) -> Tensor:
@@ -400,6 +529,8 @@ def tokens_to_keep(keep: Keep, total: int, rounding: Rounding = "floor") -> int:
             count = math.ceil(exact - 1e-6)
         case "round":
             count = math.floor(exact + 0.5 + 1e-6)
+        case "even":
+            count = round(exact)
     return min(total, max(1, count))
 
 

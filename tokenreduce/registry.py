@@ -27,7 +27,7 @@ from tokenreduce.reducer import TokenReducer
 P = TypeVar("P")
 T = TypeVar("T")
 
-INTERFACE = 1
+INTERFACE = 2
 """The version of what plugins are written against, as docs/interface.md lists it; a change that breaks plugins raises
 it."""
 

@@ -1,87 +1,321 @@
 """What a reducer may ask to see, and the views that it is handed.
 
-A signal is a small frozen dataclass that a step lists in ``sees``; ``tokens[signal]`` gives its value. Nothing is
-computed before that, and no full attention map is ever held for all heads at once.
+A signal is a small frozen dataclass that a step lists in ``sees``; ``tokens[signal]`` gives its value. It computes
+itself, from a :class:`View` of what the site can show, and says beforehand what of the model must be watched for that;
+so a signal of another package is one class like those here. Nothing is computed before it is asked for, and no full
+attention map is ever held for all heads at once.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
-from tokenreduce.reducer import Layer
+from tokenreduce.reducer import Geometry, Layer, Tile
 
 Rows = int | slice | Tensor
 """Places in a sequence: one index, a slice, or a long tensor of indices."""
 
 
+class Unseen(ValueError):
+    """A site, or a family of models, cannot show what a signal asks for; the message says why."""
+
+
+class Watch(Protocol):
+    """What a signal can have watched, before anything runs. Raises :class:`Unseen` for what the site cannot show."""
+
+    geometry: Geometry
+
+    def encoder_attention(self, layer: Layer) -> None:
+        """A layer of the vision encoder computes its attention."""
+
+    def encoder_hidden(self, layer: Layer) -> None:
+        """A layer of the vision encoder gives its hidden states."""
+
+    def class_token(self) -> None:
+        """The vision encoder has a class token."""
+
+    def token_sizes(self) -> None:
+        """How many tokens were merged into each is known."""
+
+    def decoder_attention(self, layer: Layer) -> None:
+        """A layer of the language model computes its attention."""
+
+    def decoder(self) -> None:
+        """The states inside the language model are at hand."""
+
+    def question(self) -> None:
+        """The question is known."""
+
+    def processor(self) -> None:
+        """The model's processor is known."""
+
+
 @dataclass(frozen=True)
-class EncoderAttention:
+class Scene:
+    """What a selection is about, for signals of one's own.
+
+    family:    the model's :class:`~tokenreduce.models.family.ModelFamily`.
+    inputs:    the call's inputs, as the processor made them.
+    tiles:     the tiles that the value is about: one, unless the signal is ``joint``.
+    pixels:    of each of their pictures the pixels, as the model takes them.
+    question:  what the prompt asks, None where nobody said.
+    processor: the model's, None where nobody gave it.
+    """
+
+    family: Any
+    inputs: Mapping[str, Any]
+    tiles: tuple[Tile, ...]
+    pixels: tuple[Tensor, ...]
+    question: str | None
+    processor: Any
+
+
+class View(Protocol):
+    """What a site shows of the model's present state. What it cannot show raises :class:`Unseen`."""
+
+    scene: Scene
+    geometry: Geometry
+
+    def encoder_attention(self, layer: Layer) -> Attention:
+        """A tile's view on the attention of a layer of the vision encoder."""
+
+    def encoder_hidden(self, layer: Layer) -> Tensor:
+        """The states of a tile's tokens behind a layer of the vision encoder: ``(tokens, dim)``."""
+
+    def class_token(self) -> Tensor:
+        """The class token's feature in the layer that the projector takes: ``(dim,)``."""
+
+    def token_sizes(self) -> Tensor:
+        """How many tokens were merged into each: ``(tokens,)``."""
+
+    def decoder_attention(self, layer: Layer) -> Attention:
+        """A view on the attention of a layer of the language model."""
+
+    def look_ahead(self, rotated: bool) -> Attention:
+        """The attention that the next layer would compute."""
+
+    def decoder_hidden(self, normed: bool) -> Tensor:
+        """The states of a sample's whole sequence: ``(sequence, dim)``."""
+
+    def entered(self) -> tuple[Tensor, Tensor]:
+        """Visual tokens ``(entered, dim)`` and the text behind them ``(text, dim)``, as they entered."""
+
+    def question_embeddings(self) -> Tensor:
+        """The input embeddings of the question's tokens: ``(tokens, dim)``."""
+
+    def clip(self, checkpoint: str) -> Clip:
+        """A tile's states and the question in the space of a CLIP model."""
+
+
+@dataclass(frozen=True)
+class Signal(ABC):
+    """Something that a reducer may ask to see.
+
+    joint: True if its value is about the whole scope of a step, False if every tile of the scope has one.
+    text:  True if it depends on what is asked.
+    """
+
+    joint: ClassVar[bool] = False
+    text: ClassVar[bool] = False
+
+    def watch(self, watch: Watch) -> None:  # noqa: B027  # most signals of one's own need nothing watched
+        """Say what of the model must be watched. Raises :class:`Unseen` for what the site cannot show."""
+
+    @abstractmethod
+    def value(self, view: View) -> Any:
+        """The signal's value. Called when it is asked for, once a tile unless the signal is ``joint``."""
+
+
+@dataclass(frozen=True)
+class EncoderAttention(Signal):
     """Self-attention of one layer of the vision encoder, as an :class:`Attention`. ``-2`` is LLaVA's feature layer."""
 
     layer: Layer = -2
 
+    def watch(self, watch: Watch) -> None:
+        watch.encoder_attention(self.layer)
+
+    def value(self, view: View) -> Attention:
+        return view.encoder_attention(self.layer)
+
 
 @dataclass(frozen=True)
-class EncoderHidden:
+class EncoderHidden(Signal):
     """The patches' hidden states after one layer of the vision encoder: ``(tokens, dim)``; the mean over a token's
     patches where it has several."""
 
     layer: Layer = -2
 
+    def watch(self, watch: Watch) -> None:
+        watch.encoder_hidden(self.layer)
+
+    def value(self, view: View) -> Tensor:
+        return view.encoder_hidden(self.layer)
+
 
 @dataclass(frozen=True)
-class ClassToken:
+class ClassToken(Signal):
     """The class token's feature in the layer that the projector takes its features from: ``(dim,)``."""
 
+    def watch(self, watch: Watch) -> None:
+        watch.class_token()
+        watch.encoder_hidden(watch.geometry.feature_layer)
+
+    def value(self, view: View) -> Tensor:
+        return view.class_token()
+
 
 @dataclass(frozen=True)
-class TokenSizes:
+class TokenSizes(Signal):
     """How many tokens were merged into each token so far: ``(tokens,)``, ones at first."""
 
+    def watch(self, watch: Watch) -> None:
+        watch.token_sizes()
+
+    def value(self, view: View) -> Tensor:
+        return view.token_sizes()
+
 
 @dataclass(frozen=True)
-class QuestionLikeness:
-    """Cosines of every visual token with every segment of the question that is asked about the picture, in the space
-    that the two towers of a CLIP model share: ``(tokens, segments)``, float32. A segment is what the text tower takes
-    at once; most questions are one.
+class ClipSpace(Signal):
+    """A tile's patches and the question in the space that the two towers of a CLIP model share, as a :class:`Clip`.
 
     clip: the CLIP model that the vision encoder comes from: a directory, or a name on the hub. It is loaded when first
           asked for.
     """
 
     clip: str
+    text: ClassVar[bool] = True
+
+    def watch(self, watch: Watch) -> None:
+        watch.question()
+        watch.encoder_hidden(watch.geometry.feature_layer)
+
+    def value(self, view: View) -> Any:
+        return view.clip(self.clip)
 
 
 @dataclass(frozen=True)
-class DecoderAttention:
+class QuestionLikeness(ClipSpace):
+    """Cosines of every visual token with every segment of the question that is asked about the picture, in the space
+    that the two towers of a CLIP model share: ``(tokens, segments)``, float32. A segment is what the text tower takes
+    at once; most questions are one."""
+
+    def value(self, view: View) -> Tensor:
+        space = view.clip(self.clip)
+        return normalize(space.patches, dim=-1) @ normalize(space.text, dim=-1).T
+
+
+@dataclass(frozen=True)
+class QuestionEmbeddings(Signal):
+    """The question's tokens in the language model's own embedding table: ``(tokens, dim)``. The processor's tokenizer
+    makes them, so ``reduce_tokens(..., processor=, question=)`` takes both."""
+
+    joint: ClassVar[bool] = True
+    text: ClassVar[bool] = True
+
+    def watch(self, watch: Watch) -> None:
+        watch.question()
+        watch.processor()
+
+    def value(self, view: View) -> Tensor:
+        return view.question_embeddings()
+
+
+@dataclass(frozen=True)
+class DecoderAttention(Signal):
     """Self-attention of one layer of the language model in prefill, as an :class:`Attention`."""
 
     layer: Layer
+    joint: ClassVar[bool] = True
+    text: ClassVar[bool] = True
+
+    def watch(self, watch: Watch) -> None:
+        watch.decoder_attention(self.layer)
+
+    def value(self, view: View) -> Attention:
+        return view.decoder_attention(self.layer)
 
 
 @dataclass(frozen=True)
-class LookAheadAttention:
-    """The attention that the decoder layer at whose input the step stands would pay to the states as they are now."""
+class LookAheadAttention(Signal):
+    """The attention that the decoder layer at whose input the step stands would pay to the states as they are now.
+
+    rotated: False for queries and keys without their rotary embedding.
+    """
+
+    rotated: bool = True
+    joint: ClassVar[bool] = True
+    text: ClassVar[bool] = True
+
+    def watch(self, watch: Watch) -> None:
+        watch.decoder()
+
+    def value(self, view: View) -> Attention:
+        return view.look_ahead(self.rotated)
 
 
 @dataclass(frozen=True)
-class DecoderHidden:
+class DecoderHidden(Signal):
     """A sample's whole sequence at the step's decoder layer: ``(sequence, dim)``; ``normed`` by the final norm."""
 
     normed: bool = False
+    joint: ClassVar[bool] = True
+    text: ClassVar[bool] = True
+
+    def watch(self, watch: Watch) -> None:
+        watch.decoder()
+
+    def value(self, view: View) -> Tensor:
+        return view.decoder_hidden(self.normed)
 
 
 @dataclass(frozen=True)
-class ProjectedFeatures:
+class ProjectedFeatures(Signal):
     """A sample's visual tokens as they entered the language model: ``(entered, dim)``."""
 
+    joint: ClassVar[bool] = True
+
+    def watch(self, watch: Watch) -> None:
+        watch.decoder()
+
+    def value(self, view: View) -> Tensor:
+        return view.entered()[0]
+
 
 @dataclass(frozen=True)
-class TextEmbeddings:
+class TextEmbeddings(Signal):
     """The input embeddings of the tokens behind a sample's last visual token: ``(text, dim)``."""
+
+    joint: ClassVar[bool] = True
+    text: ClassVar[bool] = True
+
+    def watch(self, watch: Watch) -> None:
+        watch.decoder()
+
+    def value(self, view: View) -> Tensor:
+        return view.entered()[1]
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A tile and the question in the space of a CLIP model, in float32 and before any normalisation.
+
+    patches:     ``(tokens, dim)``, the visual tokens' projected states.
+    text:        ``(segments, dim)``, the pooled and projected question; a segment is what the text tower takes at once.
+    text_tokens: ``(text tokens, dim)``, the question's tokens, projected one by one.
+    """
+
+    patches: Tensor
+    text: Tensor
+    text_tokens: Tensor
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokenreduce.reducer import AtProjector, Geometry, Keep, Selection, Span, Step, TokenReducer, VisualTokens
+from tokenreduce.reducer import AtProjector, Geometry, Keep, Selection, Step, TokenReducer, VisualTokens
 
 
 def diverse(features: Tensor, count: int) -> Tensor:
@@ -52,12 +52,7 @@ class DivPrune(TokenReducer):
     keep: Keep = 0.098
 
     def steps(self, geometry: Geometry) -> list[Step]:
-        return [AtProjector(keep=self.keep)]
-
-    def count(self, step: Step, span: Span) -> int:
-        if isinstance(self.keep, float):
-            return max(1, round(self.keep * span.entered))
-        return super().count(step, span) or 0
+        return [AtProjector(keep=self.keep, rounding="even")]
 
     def select(self, step: Step, tokens: VisualTokens) -> Selection:
         return Selection(diverse(tokens.features.float(), tokens.keep).sort().values)

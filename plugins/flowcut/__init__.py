@@ -59,11 +59,11 @@ class FlowCut(TokenReducer):
         target = tokens_to_keep(self.keep, tokens.span.entered)
         remaining = layers_left(step, tokens.span.geometry)
         if len(tokens) <= target:
-            return Selection.everything(tokens, tokens.carried)
+            return tokens.everything(tokens.carried)
         looked_at, flow = self.flow(tokens[step.sees[0]])
         total = flow if tokens.carried is None else 0.5 * tokens.carried + 0.5 * flow
         if remaining % 2:
-            return Selection.everything(tokens, total)
+            return tokens.everything(total)
         kept = best(total, max(target, len(tokens) - pruned(looked_at, remaining, target)))
         return Selection(kept, carry=total[kept])
 

@@ -252,7 +252,10 @@ def test_a_signal_from_another_site_is_refused(llava: Model) -> None:
         def steps(self, geometry: Geometry) -> Sequence[Step]:
             return [AtProjector(keep=0.5, sees=(LookAheadAttention(),))]
 
-    with pytest.raises(ValueError, match=r"asks to see LookAheadAttention\(\)"), reduce_tokens(llava, Confused()):
+    with (
+        pytest.raises(ValueError, match=r"asks to see LookAheadAttention\(rotated=True\)"),
+        reduce_tokens(llava, Confused()),
+    ):
         pass
 
 
@@ -270,7 +273,7 @@ def test_a_bare_decoder_does_the_same(llava: Model) -> None:
         with reduce_decoder_tokens(text_model, Stages(), [span]) as prefills:
             logits = text_model(inputs_embeds=embeddings).logits[0, -1]
     torch.testing.assert_close(logits, expected)
-    assert [len(index) for _, index, _, _ in prefills[0].rows[0].steps] == [18, 9, 4]
+    assert [len(step.index) for step in prefills[0].strands[0].journey.tracks[0].steps] == [18, 9, 4]
     before = pytest.raises(ValueError, match="acts before the language model")
     with before, reduce_decoder_tokens(text_model, EverySignal(), [span]):
         pass

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, LlamaConfig, LlavaForConditionalGeneration
 
 from tokenreduce import create, reduce_tokens
-from tokenreduce.budget import layer_counts
+from tokenreduce.counts import layer_counts
 from tokenreduce.evaluation.costs import layout, prefill_cost
 from tokenreduce.flops import decoder_flops, decoder_layer_flops, paper_flops
 from tokenreduce.models.family import family_of

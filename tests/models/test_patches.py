@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenreduce import reduce_tokens
-from tokenreduce.models.family import ModelFamily, Tile, family_of
+from tokenreduce.models.family import EncodedTile, ModelFamily, family_of
 from tokenreduce.models.loading import load
 from tokenreduce.reducer import AtProjector, Geometry, Selection, Step, TokenReducer, VisualTokens
 from tokenreduce.registry import MODELS
@@ -42,7 +42,7 @@ class Watch(TokenReducer):
 
     def select(self, step: Step, tokens: VisualTokens) -> Selection:
         self.seen.append((tokens[EncoderAttention(LAYER)].mean(), tokens[EncoderHidden(LAYER)]))
-        return Selection.everything(tokens)
+        return tokens.everything()
 
 
 def question(processor: Any, modality: str) -> dict[str, Tensor]:
@@ -146,7 +146,7 @@ def test_a_token_of_a_packed_sequence_is_a_square_of_pixels(name: str, checkpoin
             assert flow.abs().sum(-1).nonzero()[:, 0].tolist() == list(range(4 * place, 4 * place + 4))
 
 
-def sequence(family: ModelFamily, tile: Tile, states: Tensor) -> Tensor:
+def sequence(family: ModelFamily, tile: EncodedTile, states: Tensor) -> Tensor:
     """A tile's own stretch of what a layer of the tower gives: ``(patches, dim)``."""
     own = states if states.ndim == 2 else states[tile.sequence]
     return own if tile.extent is None else own[tile.extent]

@@ -34,7 +34,7 @@ def test_crops_lie_where_they_show_their_picture(name: str, shape: tuple[int, in
     family = family_of(model, MODELS.usable())
     (shown,) = family.pictures(ask(processor, [[slope(*shape)]]))
     thumbnails = [tile for tile in shown.tiles if tile.role == "thumbnail"]
-    crops = [(tile, pixels) for tile, pixels in zip(shown.tiles, shown.pixels, strict=True) if tile.part]
+    crops = [(tile, pixels) for tile, pixels in zip(shown.tiles, shown.pixels, strict=True) if tile.role == "crop"]
     assert [(tile.row, tile.column) for tile in thumbnails] == [(0, 0)]
     assert len(crops) == len(shown.tiles) - 1 > 1
     cells = [

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tokenreduce.reducer import Geometry, Grid, Selection, Span, Step, TokenReducer, VisualTokens
+from tokenreduce.reducer import Geometry, Grid, Selection, Span, Step, Tile, TokenReducer, VisualTokens
 from tokenreduce.signals import Attention, Rows, TokenSizes
 
 FOLDER = Path(__file__).parents[1] / "golden"
@@ -100,12 +100,12 @@ def show(
 ) -> Selection:
     """Run one step of a reducer, holding it to what it declared and promised."""
     entered = len(features) if entered is None else entered
-    span = Span(geometry, (Grid(1, entered),), entered, len(features))
+    span = Span(geometry, (Tile(Grid(1, entered)),), entered, len(features))
 
-    def look(signal: Hashable) -> Any:
+    def look(signal: Hashable) -> list[Any]:
         assert signal in step.sees, f"{signal} was not declared"
         assert signals is not None
-        return signals[signal]
+        return [signals[signal]]
 
     keep = reducer.count(step, span)
     tokens = VisualTokens(features, span, keep, index=index, signals=look, carried=carried)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from tokenreduce.reducer import AtInput, Geometry, Grid, Selection, Span, TokenReducer, VisualTokens
+from tokenreduce.reducer import AtInput, Geometry, Grid, Selection, Span, Tile, TokenReducer, VisualTokens
 from tokenreduce_plugins.baselines import Downsample, NoImage, NoReduction, Pool, Random, Uniform
 
 GEOMETRY = Geometry(encoder_layers=24, decoder_layers=32, feature_layer=22, class_token=True)
@@ -14,10 +16,10 @@ GRIDS = [Grid(24, 24), Grid(12, 12), Grid(9, 16), Grid(5, 3), Grid(1, 7)]
 
 
 def span_of(grid: Grid) -> Span:
-    return Span(GEOMETRY, (grid,), len(grid), len(grid))
+    return Span(GEOMETRY, (Tile(grid),), len(grid), len(grid))
 
 
-def count(reducer: TokenReducer, grid: Grid) -> int | None:
+def count(reducer: TokenReducer, grid: Grid) -> Any:
     (step,) = reducer.steps(GEOMETRY)
     return reducer.count(step, span_of(grid))
 
@@ -118,7 +120,7 @@ def test_pool_keeps_everything_and_the_dtype_when_nothing_is_to_go() -> None:
 
 def test_pool_refuses_a_grid_with_holes() -> None:
     (step,) = Pool(4).steps(GEOMETRY)
-    tokens = VisualTokens(torch.zeros(8, 2), Span(GEOMETRY, (Grid(4, 4),), 16, 8), 4, index=torch.arange(8))
+    tokens = VisualTokens(torch.zeros(8, 2), Span(GEOMETRY, (Tile(Grid(4, 4)),), 16, 8), 4, index=torch.arange(8))
     with pytest.raises(ValueError, match="only 8 of 16 tokens are left"):
         Pool(4).select(step, tokens)
 

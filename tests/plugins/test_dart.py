@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tokenreduce.reducer import Grid, Span
+from tokenreduce.reducer import Grid, Span, Tile
 from tokenreduce.signals import DecoderHidden
 from tokenreduce_plugins.dart import Dart
 
@@ -91,7 +91,7 @@ def test_worked_example() -> None:
 def test_published_budgets_keep_the_image_pivots_on_top(budget: float, count: int) -> None:
     reducer = Dart(keep=budget)
     (step,) = reducer.steps(GEOMETRY)
-    assert reducer.count(step, Span(GEOMETRY, (Grid(24, 24),), 576, 576)) == count
+    assert reducer.count(step, Span(GEOMETRY, (Tile(Grid(24, 24)),), 576, 576)) == count
 
 
 @pytest.mark.parametrize("text", [0, 1, 3, 9])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tokenreduce.attach.bare import reduce_decoder_tokens
-from tokenreduce.reducer import Grid, Selection, Span, Step, VisualTokens, best
+from tokenreduce.reducer import Grid, Selection, Span, Step, Tile, VisualTokens, best
 from tokenreduce_plugins.fastv import FastV
 
 from .decoder import UNREDUCED, assert_official, language_model, last_logit_change, run
@@ -49,7 +49,7 @@ def test_official_model_without_a_cache(case: Case) -> None:
             token = case.expected["nocache_tokens"][step]
             assert logits.argmax() == token
             sequence = torch.cat([sequence, model.get_input_embeddings()(token)[None, None]], dim=1)
-    kept_by_step = torch.stack([prefill.rows[0].steps[0][1] for prefill in prefills])
+    kept_by_step = torch.tensor([prefill.strands[0].journey.tracks[0].steps[0].index for prefill in prefills])
     assert kept_by_step.equal(case.expected["nocache_kept_image"])
 
 
@@ -101,7 +101,7 @@ def test_worked_example() -> None:
 def test_counts_are_rounded_half_to_even(entered: int, keep: float, count: int) -> None:
     reducer = FastV(keep=keep)
     (step,) = reducer.steps(GEOMETRY)
-    assert reducer.count(step, Span(GEOMETRY, (Grid(1, entered),), entered, entered)) == count
+    assert reducer.count(step, Span(GEOMETRY, (Tile(Grid(1, entered)),), entered, entered)) == count
 
 
 def test_published_layers_rank_before_they_cut() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tokenreduce.reducer import Geometry, Grid, Span, TokenReducer, VisualTokens
+from tokenreduce.reducer import Count, Geometry, Grid, Span, Tile, TokenReducer, VisualTokens
 from tokenreduce.signals import Attention, EncoderAttention, Rows
 from tokenreduce_plugins.fopru import FoPruRank, FoPruRow, significance
 
@@ -58,18 +58,20 @@ def received_only(scores: Tensor) -> Attention:
 
 def kept(reducer: TokenReducer, attention: Attention, grid: Grid) -> list[int]:
     (step,) = reducer.steps(GEOMETRY)
-    span = Span(GEOMETRY, (grid,), len(grid), len(grid))
+    span = Span(GEOMETRY, (Tile(grid),), len(grid), len(grid))
     signals = {signal: attention for signal in step.sees}
-    tokens = VisualTokens(torch.zeros(len(grid), 2), span, reducer.count(step, span), signals=signals.__getitem__)
+    tokens = VisualTokens(
+        torch.zeros(len(grid), 2), span, reducer.count(step, span), signals=lambda signal: [signals[signal]]
+    )
     selection = reducer.select(step, tokens)
     assert selection.features is None
     assert len(selection.index) == tokens.keep
     return selection.index.tolist()
 
 
-def count(reducer: TokenReducer, grid: Grid) -> int | None:
+def count(reducer: TokenReducer, grid: Grid) -> Count:
     (step,) = reducer.steps(GEOMETRY)
-    return reducer.count(step, Span(GEOMETRY, (grid,), len(grid), len(grid)))
+    return reducer.count(step, Span(GEOMETRY, (Tile(grid),), len(grid), len(grid)))
 
 
 @pytest.mark.parametrize(("keep", "expected"), [(1, [1]), (2, [1, 4]), (3, [1, 4, 6]), (4, [1, 4, 6, 8])])

@@ -2,6 +2,6 @@
 
 from tokenreduce.attach.attachment import Attachment, reduce_tokens
 from tokenreduce.attach.calibration import calibrate
-from tokenreduce.attach.reductions import ImageReduction, SampleReduction, StepReduction
+from tokenreduce.passage import ImageReduction, SampleReduction, StepReduction
 
 __all__ = ["Attachment", "ImageReduction", "SampleReduction", "StepReduction", "calibrate", "reduce_tokens"]

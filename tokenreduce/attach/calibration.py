@@ -17,7 +17,10 @@ from tokenreduce.registry import MODELS, create
 
 
 def calibrate(
-    model: PreTrainedModel, reducer: TokenReducer | str, samples: Iterable[Mapping[str, Any]], **settings: Any
+    model: PreTrainedModel,
+    reducer: TokenReducer | type[TokenReducer] | str,
+    samples: Iterable[Mapping[str, Any]],
+    **settings: Any,
 ) -> TokenReducer:
     """``reducer`` with the knobs that its own search finds for ``model``: for ``vtw`` the layer.
 
@@ -29,7 +32,7 @@ def calibrate(
     >>> with reduce_tokens(model, reducer):  # doctest: +SKIP
     ...     model.generate(**inputs)
     """
-    if isinstance(reducer, str):
+    if not isinstance(reducer, TokenReducer):
         reducer = create(reducer)
 
     def next_logits(inputs: Mapping[str, Any], candidate: TokenReducer | None) -> Tensor:

@@ -1,43 +1,33 @@
-"""Dropping visual tokens inside the language model, at the input of any decoder layer during prefill.
+"""Inside the language model: at the input of any decoder layer during prefill.
 
-Pre-hooks on the decoder layers shorten the hidden states at a cut, and hand every layer behind it position embeddings
-and a mask of the length that it really has. What was cut is remembered on the key-value cache, so that in decoding each
-layer gets a mask over its own, shorter cache. Nothing is kept between calls anywhere else.
+A pre-hook on every decoder layer shortens the hidden states at a cut (:meth:`DecoderSite._cut`), and hands each layer
+behind it position embeddings and a mask of the length that it really has (``_prefilling``). What was cut, a list of
+:class:`Stage`, is left on the key-value cache, so that in decoding each layer gets a mask over its own, shorter cache
+(``_decoding``).
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from contextvars import ContextVar
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from tokenreduce.attach import taps
+from tokenreduce.attach import caches, taps
+from tokenreduce.attach.call import Call
+from tokenreduce.attach.hooks import Hook
 from tokenreduce.attach.prompt import closed_up
-from tokenreduce.attach.selecting import checked
-from tokenreduce.reducer import AtDecoder, Geometry, Grid, Span, TokenReducer, VisualTokens, layer_index
-from tokenreduce.signals import (
-    Attention,
-    DecoderAttention,
-    DecoderHidden,
-    LookAheadAttention,
-    ProjectedFeatures,
-    TextEmbeddings,
-)
+from tokenreduce.attach.site import Site
+from tokenreduce.attach.views import DecoderSight, DecoderWatched, shown
+from tokenreduce.models.family import ModelFamily
+from tokenreduce.passage import Group, Strand, Taken
+from tokenreduce.reducer import AtDecoder
 from tokenreduce.stopwatch import part
-
-DECODER_SIGNALS = (DecoderAttention, DecoderHidden, LookAheadAttention, ProjectedFeatures, TextEmbeddings)
-"""The signals that a step inside the language model can see."""
-
-_STATE = "_tokenreduce_decoder"
-"""The attribute of a key-value cache that remembers what its layers lost."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +36,9 @@ class Stage:
 
     layer:   the first layer that sees it.
     columns: ``(rows, n)`` long, the column of the whole prompt that every slot stands for; 0 at padding.
-    valid:   ``(rows, n)`` bool, false at padding.
+    valid:   ``(rows, n)`` bool, false at padding; padded: true if some is.
     lost:    ``(rows,)`` long, by how much the position ids of what follows become smaller where they close up.
-    compact: whether positions close up behind what is gone.
+    compact: whether positions close up behind what is gone; moves: true if what follows therefore moves up.
     length:  how wide the whole prompt is.
     spatial: ``(3, rows, n)`` long, closed up positions in space and time, where the model has such.
     """
@@ -56,290 +46,249 @@ class Stage:
     layer: int
     columns: Tensor
     valid: Tensor
+    padded: bool
     lost: Tensor
     compact: bool
+    moves: bool
     length: int
     spatial: Tensor | None = None
 
-    @cached_property
-    def padded(self) -> bool:
-        return not bool(self.valid.all())
+    @classmethod
+    def whole(cls, valid: Tensor) -> Stage:
+        """The stage before any cut."""
+        columns = torch.arange(valid.shape[1], device=valid.device).expand(valid.shape)
+        none = valid.new_zeros(len(valid), dtype=torch.long)
+        return cls(0, columns, valid, not bool(valid.all()), none, False, False, valid.shape[1])
 
-    @cached_property
-    def moves(self) -> bool:
-        """Whether what follows has other positions than the model gives it."""
-        return self.compact and bool(self.lost.any())
-
-
-@dataclass
-class Row:
-    """One sample's visual tokens on their way through the layers.
-
-    grids:  its images.
-    slots:  ``(n,)`` where its tokens stand in the current sequence.
-    index:  ``(n,)`` their places among those that entered.
-    source: for each that entered its place among the current ones, -1 for a dropped one.
-    steps:  layer, index, source, and whether rows were merged, for every step so far.
-    """
-
-    grids: tuple[Grid, ...]
-    slots: Tensor
-    index: Tensor
-    source: Tensor
-    steps: list[tuple[int, Tensor, Tensor, bool]] = field(default_factory=list)
-    carried: Any = None
+    def at(self, rows: Tensor) -> Stage:
+        """The same of some rows ``(n,)``, in that order, perhaps several times."""
+        rows = rows.to(self.valid.device)
+        spatial = None if self.spatial is None else self.spatial[:, rows]
+        return replace(self, columns=self.columns[rows], valid=self.valid[rows], lost=self.lost[rows], spatial=spatial)
 
 
 @dataclass
 class Prefill:
     """One prefill in progress.
 
-    valid:   ``(rows, length)`` bool, false at padding.
-    rows:    every sample's visual tokens as they are now.
-    entered: every sample's columns of visual tokens as they were.
+    valid:     ``(rows, length)`` bool, false at padding.
+    strands:   every row's visual tokens.
     deepstack: what the model adds to the visual tokens behind each of its first layers, ``(rows, length, dim)``.
+    padding_counts: true where no position ids were given, so that padding has positions of its own.
+    prepared:  what layers behind a cut are handed, by what makes it differ.
     """
 
     valid: Tensor
-    rows: list[Row]
-    entered: list[Tensor]
+    strands: list[Strand]
+    padding_counts: bool = False
     embeddings: Tensor | None = None
     deepstack: list[Tensor] = field(default_factory=list)
     captured: taps.Captures = field(default_factory=dict)
     stages: list[Stage] = field(default_factory=list)
-    prepared: dict[Hashable, dict[str, Any]] = field(default_factory=dict)
+    prepared: dict[Any, dict[str, Any]] = field(default_factory=dict)
 
     def stage(self, layer: int) -> Stage | None:
         """The stage that ``layer`` sees, None before the first cut."""
         return next((stage for stage in reversed(self.stages) if stage.layer <= layer), None)
 
+    @property
+    def last(self) -> Stage:
+        return self.stages[-1] if self.stages else Stage.whole(self.valid)
 
-class DecoderSite:
-    """The decoder steps of a reducer on one language model.
 
-    ``decoder`` is the module that holds ``layers``, ``norm`` and ``rotary_emb``.
-    """
+class DecoderSite(Site):
+    """A step acts on the states that its layer is about to take, of all rows of a batch."""
 
-    def __init__(
-        self, reducer: TokenReducer, steps: Sequence[AtDecoder], decoder: nn.Module, geometry: Geometry
-    ) -> None:
-        self.geometry = geometry
-        if decoder.config._attn_implementation == "flex_attention":  # type: ignore[union-attr]
-            raise ValueError("flex_attention's block masks cannot be shortened: load the model with sdpa attention")
-        self.reducer = reducer
-        self.decoder: Any = decoder
-        self.layers: Sequence[Any] = decoder.layers  # type: ignore[assignment]
-        self.steps: dict[int, list[AtDecoder]] = {}
+    kind = AtDecoder
+    label = "decoder layer"
+    watched = DecoderWatched
+    before = False
+
+    def __init__(self, attachment: Any, steps: Sequence[AtDecoder]) -> None:
+        super().__init__(attachment, steps)
+        self.stack = self.family.stack
+        self.by_layer: dict[int, list[AtDecoder]] = {}
         for step in steps:
-            layer = layer_index(step.layer, len(self.layers))
-            if layer == 0:
-                raise ValueError("a step at the input of decoder layer 0 is a step at the projector: use AtProjector")
-            self.steps.setdefault(layer, []).append(step)
-        self._prefill: ContextVar[Prefill | None] = ContextVar("tokenreduce_prefill", default=None)
-        rotary: Any = decoder.rotary_emb
-        self._rotates_by_kind = "layer_type" in inspect.signature(rotary.forward).parameters
-        self._last_moved: tuple[Stage | None, Any, dict[str, Any]] = (None, None, {})
-        self._spatial: ContextVar[Tensor | None] = ContextVar("tokenreduce_positions", default=None)
-        signals = [signal for step in steps for signal in step.sees]
-        self._watched = {
-            layer_index(signal.layer, len(self.layers)) for signal in signals if isinstance(signal, DecoderAttention)
-        }
-        self._looks_ahead = sorted(
-            layer
-            for layer, here in self.steps.items()
-            if any(isinstance(signal, LookAheadAttention) for step in here for signal in step.sees)
-        )
+            self.by_layer.setdefault(step.decoder_layer(self.family.geometry), []).append(step)
+        self._watched = [self.stack.attention(layer) for layer in sorted(attachment.watched(self).attention)]
+
+    @classmethod
+    def refusal(cls, step: Any, family: ModelFamily) -> str | None:
+        if step.decoder_layer(family.geometry) == 0:
+            return "a step at the input of decoder layer 0 is a step at the projector: use AtProjector"
+        return super().refusal(step, family)
+
+    def check(self) -> None:
+        if self.stack.kernel == "flex_attention":
+            raise ValueError("flex_attention's block masks cannot be shortened: load the model with sdpa attention")
+
+    def modules(self) -> list[nn.Module]:
+        return [self.stack.module, *self.stack.layers]
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Stand before every decoder layer while this context lasts."""
         with ExitStack() as stack:
-            tapped = [self.layers[layer].self_attn for layer in sorted({*self._watched, *self._looks_ahead})]
-            stack.enter_context(taps.installed(tapped))
-            stack.callback(self.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True).remove)
-            for number, layer in enumerate(self.layers):
-                hook = layer.register_forward_pre_hook(self._hook(number), with_kwargs=True)
-                stack.callback(hook.remove)
+            before = self._hook(self.stack.module, self._before_stack)
+            stack.callback(self.stack.module.register_forward_pre_hook(before, with_kwargs=True).remove)
+            for number, layer in enumerate(self.stack.layers):
+                hook = self._hook(layer, partial(self._before_layer, number))
+                stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
             yield
 
-    @contextmanager
-    def prefill(self, visual: Tensor, valid: Tensor, grids: Sequence[tuple[Grid, ...]]) -> Iterator[Prefill]:
-        """Let the forward call within be a prefill whose visual tokens stand at ``visual`` (rows, length) bool."""
-        rows = []
-        for places, images in zip(visual, grids, strict=True):
-            slots = places.nonzero()[:, 0]
-            rows.append(Row(images, slots, torch.arange(len(slots), device=slots.device), torch.arange(len(slots))))
-        prefill = Prefill(valid, rows, [row.slots for row in rows])
-        token = self._prefill.set(prefill)
-        try:
-            with taps.capture(self.layers[layer].self_attn for layer in self._watched) as prefill.captured:
-                yield prefill
-        finally:
-            self._prefill.reset(token)
+    def _hook(self, own: nn.Module, act: Any) -> Hook:
+        def run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            call = Call.of(self.attachment)
+            return act(call, args, kwargs) if module is own and call is not None else None
 
-    def _before_decoder(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return Hook(run)
+
+    @contextmanager
+    def prefilling(self, call: Call, inputs: dict[str, Any]) -> Iterator[None]:
+        """Let the forward call within be a prefill; what it did to every prompt is noted at its end."""
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        copies = len(ids) // len(call.journeys)  # beams and returned sequences stand in several rows
+        strands = [
+            Strand.entering(call.journeys[row // copies].copy(), places.nonzero()[:, 0])
+            for row, places in enumerate(self.attachment.visual(ids).cpu())
+        ]
+        call.prefill = prefill = Prefill(valid, strands, inputs.get("position_ids") is None)
+        try:
+            with taps.captured(self._watched) as prefill.captured:
+                yield
+        finally:
+            call.prefill = None
+        call.inside(prefill, copies)
+
+    def _before_stack(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Note positions in space and time, which the layers are not told, and take over from the model what it would
         add to all visual tokens, of which some will be gone by then."""
         positions = kwargs.get("position_ids")
-        self._spatial.set(positions[-3:] if positions is not None and positions.ndim == 3 else None)
-        prefill, added = self._prefill.get(), kwargs.get("deepstack_visual_embeds")
-        if prefill is None or added is None:
+        call.spatial = positions[-3:] if positions is not None and positions.ndim == 3 else None
+        if call.prefill is None:
             return None
-        visual = kwargs["visual_pos_masks"]
-        for embeddings in added:
-            level = embeddings.new_zeros(*visual.shape, embeddings.shape[-1])
-            level[visual.to(level.device)] = embeddings
-            prefill.deepstack.append(level)
-        return args, {**kwargs, "visual_pos_masks": None, "deepstack_visual_embeds": None}
+        call.prefill.deepstack, changed = self.stack.take_deepstack(kwargs)
+        return args, dict(changed)
 
-    def _deepstack(self, prefill: Prefill, number: int, hidden: Tensor) -> Tensor:
-        """The states ``(rows, n, dim)`` before a layer with what the model adds behind the one before it."""
-        if not 0 < number <= len(prefill.deepstack):
-            return hidden
-        level = prefill.deepstack[number - 1].to(hidden.device, hidden.dtype)
-        stage = prefill.stages[-1] if prefill.stages else _whole(prefill.valid)
-        hidden = hidden.clone()
-        for number_of_row, row in enumerate(prefill.rows):
-            hidden[number_of_row, row.slots] += level[number_of_row, stage.columns[number_of_row, row.slots]]
+    def _before_layer(self, number: int, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        hidden, kwargs = args[0] if args else kwargs["hidden_states"], dict(kwargs)
+        kwargs.pop("hidden_states", None)
+        prefill, cache = call.prefill, kwargs.get("past_key_values")
+        if prefill is None:
+            found = caches.lost(cache)
+            stage = next((each for each in reversed(found.stages) if each.layer <= number), None) if found else None
+            if stage is None:
+                return None
+            changed = self._decoding(call, number, stage, cache, hidden, kwargs)
+            return ((hidden, *args[1:]), {**kwargs, **changed}) if changed else None
+        if number == 0:
+            prefill.embeddings = hidden
+            if cache is not None and not isinstance(cache, DynamicCache):
+                raise ValueError(f"a {type(cache).__name__} needs layers of one length: leave the cache at its default")
+        if 0 < number <= len(prefill.deepstack):
+            hidden = self._added(prefill, prefill.deepstack[number - 1], hidden)
+        for step in self.by_layer.get(number, ()):
+            hidden = self._cut(call, prefill, step, number, hidden, kwargs)
+        stage = prefill.stage(number)
+        kwargs = kwargs if stage is None else self._prefilling(prefill, stage, number, hidden, kwargs)
+        return (hidden, *args[1:]), kwargs
+
+    def _added(self, prefill: Prefill, level: Tensor, hidden: Tensor) -> Tensor:
+        """The states ``(rows, n, dim)`` with what the model adds behind the layer before."""
+        level, hidden, stage = level.to(hidden.device, hidden.dtype), hidden.clone(), prefill.last
+        for number, row in enumerate(prefill.strands):
+            hidden[number, row.slots] += level[number, stage.columns[number, row.slots]]
         return hidden
-
-    def _hook(self, number: int) -> Callable[..., Any]:
-        def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            hidden, kwargs = args[0] if args else kwargs["hidden_states"], dict(kwargs)
-            kwargs.pop("hidden_states", None)
-            prefill, cache = self._prefill.get(), kwargs.get("past_key_values")
-            if prefill is None:
-                stages = getattr(cache, _STATE, None)
-                stage = next((each for each in reversed(stages or []) if each.layer <= number), None)
-                if stage is None:
-                    return None
-                changed = self._decoding(number, stage, cache, hidden, kwargs)
-                return ((hidden, *args[1:]), {**kwargs, **changed}) if changed else None
-            if number == 0:
-                prefill.embeddings = hidden
-                if cache is not None:
-                    if type(cache) is not DynamicCache:
-                        raise ValueError(
-                            f"a {type(cache).__name__} needs layers of one length: leave the cache at its default"
-                        )
-                    setattr(cache, _STATE, prefill.stages)
-            hidden = self._deepstack(prefill, number, hidden)
-            for step in self.steps.get(number, ()):
-                hidden = self._cut(prefill, step, number, hidden, kwargs)
-            stage = prefill.stage(number)
-            return (hidden, *args[1:]), kwargs if stage is None else self._prefilling(
-                prefill, stage, number, hidden, kwargs
-            )
-
-        return before
 
     # Cutting.
 
     @part("selection")
-    def _cut(self, prefill: Prefill, step: AtDecoder, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    def _cut(
+        self, call: Call, prefill: Prefill, step: AtDecoder, number: int, hidden: Tensor, kwargs: dict[str, Any]
+    ) -> Tensor:
         """Let the reducer choose in every row, and shorten the hidden states ``(rows, n, dim)``."""
-        stage = prefill.stages[-1] if prefill.stages else _whole(prefill.valid)
-        look_ahead: list[taps.Captured] = []
+        stage, valid = prefill.last, prefill.last.valid.cpu()
+        arguments = self._prefilling(prefill, stage, number, hidden, kwargs) if prefill.stages else kwargs
+        sight = partial(DecoderSight, call, self.stack, prefill, number, hidden, arguments, {})
+        kept, changed, features = [], [], []
+        for place, strand in enumerate(prefill.strands):
 
-        def ahead() -> taps.Captured:
-            if not look_ahead:
-                settings = self._prefilling(prefill, stage, number, hidden, kwargs) if prefill.stages else kwargs
-                look_ahead.append(self._look_ahead(self.layers[number], hidden, settings))
-            return look_ahead[0]
+            def choose(group: Group, slots: Tensor, place: int = place) -> tuple[Taken, Tensor]:
+                view = sight(place, group, slots)
+                states = hidden[place, slots.to(hidden.device)]
+                signals = shown(self.reducer, step, [view])
+                geometry, seed = self.family.geometry, partial(call.fingerprint, view.row, view.numbers)
+                taken = group.select(self.reducer, step, states, geometry, signals, seed)
+                return taken, taken.rows(states)
 
-        kept, features = [], []
-        for number_of_row, row in enumerate(prefill.rows):
-            slots = stage.valid[number_of_row].clone()
-            if len(row.slots):
-                signals = self._signals(prefill, stage, step, number_of_row, hidden, ahead)
-                span = Span(self.geometry, row.grids, len(prefill.entered[number_of_row]), len(row.slots))
-                tokens = VisualTokens(
-                    hidden[number_of_row, row.slots],
-                    span,
-                    self.reducer.count(step, span),
-                    index=row.index,
-                    signals=signals,
-                    carried=row.carried,
-                )
-                selection = checked(self.reducer, step, tokens)
-                slots[row.slots] = False
-                places = row.slots[selection.index.sort().values]
-                slots[places] = True
-                row.index = row.index[selection.index]
-                source = selection.sources(len(tokens))
-                row.source = torch.where(row.source < 0, -1, source.cpu()[row.source.clamp(min=0)])
-                row.carried = selection.carry
-                merged = selection.features is not None
-                row.steps.append((number, row.index.cpu(), row.source, merged))
-                row.slots = slots.long().cumsum(0)[places] - 1
-                features.append(tokens.features[selection.index] if selection.features is None else selection.features)
-            else:
-                features.append(hidden.new_empty(0, hidden.shape[-1]))
-            kept.append(slots.nonzero()[:, 0])
+            stays = valid[place].clone()
+            stays[strand.slots] = False
+            slots, rows = strand.advance(step.scope, choose)
+            stays[strand.slots] = True
+            after = stays.long().cumsum(0) - 1
+            strand.slots = after[strand.slots]
+            kept.append(stays.nonzero()[:, 0])
+            changed.append(after[slots])
+            features.append(torch.cat([hidden[place, :0], *rows]))
+            strand.journey.note(f"{self.label} {number}")
         compact = self.reducer.positions_after(step) == "compact"
-        return self._packed(prefill, stage, number, compact, hidden, kept, features, kwargs.get("position_ids"))
+        shorter, starts = self._packed(call, prefill, number, compact, hidden, kept, kwargs.get("position_ids"))
+        for place, (start, slots, left) in enumerate(zip(starts, changed, features, strict=True)):
+            shorter[place, slots + start] = left
+        return shorter
 
     def _packed(
         self,
+        call: Call,
         prefill: Prefill,
-        stage: Stage,
         number: int,
         compact: bool,
         hidden: Tensor,
         kept: Sequence[Tensor],
-        features: Sequence[Tensor],
         positions: Tensor | None,
-    ) -> Tensor:
-        """Gather the slots that stay, padding on the prompt's own side, and open a new stage."""
-        rows, width = len(kept), max(len(slots) for slots in kept)
+    ) -> tuple[Tensor, list[int]]:
+        """Gather the slots that stay, padding on the prompt's own side, and open a new stage; the shorter states, and
+        where in them every row begins."""
+        stage, rows, width = prefill.last, len(kept), max(len(slots) for slots in kept)
         right = bool(prefill.valid[:, 0].all()) and not bool(prefill.valid.all())
-        slots = stage.columns.new_zeros(rows, width)
-        valid = stage.valid.new_zeros(rows, width)
-        for row, places in enumerate(kept):
-            start = 0 if right else width - len(places)
+        starts = [0 if right else width - len(places) for places in kept]
+        slots, valid = torch.zeros(rows, width, dtype=torch.long), torch.zeros(rows, width, dtype=torch.bool)
+        for row, (start, places) in enumerate(zip(starts, kept, strict=True)):
             slots[row, start : start + len(places)] = places
             valid[row, start : start + len(places)] = True
-            prefill.rows[row].slots = prefill.rows[row].slots + start
+            prefill.strands[row].slots = prefill.strands[row].slots + start
+        padded, slots, valid = not bool(valid.all()), slots.to(hidden.device), valid.to(hidden.device)
         columns = stage.columns.gather(1, slots).masked_fill(~valid, 0)
         shorter = hidden.gather(1, slots[..., None].expand(rows, width, hidden.shape[-1]))
-        for row, replacement in enumerate(features):
-            shorter[row, prefill.rows[row].slots] = replacement
-        counted = self._counted(prefill.valid, positions)
+        counted = _counted(prefill.valid, positions)
         lost = counted.amax(-1) - counted.masked_fill(~prefill.valid, torch.iinfo(torch.long).max).amin(-1)
         lost = lost + 1 - valid.sum(-1)
-        spatial = self._spatial.get() if compact else None
+        spatial = call.spatial if compact else None
         if spatial is not None:
-            spatial, lost = self._closed_up(prefill, spatial.expand(-1, rows, -1), columns, valid)
+            spatial, lost = _closed_up(prefill, spatial.expand(-1, rows, -1), columns, valid)
         if prefill.stages and prefill.stages[-1].layer == number:
             prefill.stages.pop()  # two steps at one layer leave one stage
-        prefill.stages.append(Stage(number, columns, valid, lost, compact, prefill.valid.shape[1], spatial))
-        return shorter
-
-    @staticmethod
-    def _closed_up(prefill: Prefill, spatial: Tensor, columns: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions in space and time ``(3, rows, n)`` without the gaps, and by how much what follows moves up."""
-        closed = spatial.new_zeros(len(spatial), *columns.shape)
-        for row, own in enumerate(valid):
-            visual = torch.zeros_like(prefill.valid[row])
-            visual[prefill.entered[row]] = True
-            closed[:, row, own] = closed_up(spatial[:, row], visual, columns[row, own])
-        before = spatial.masked_fill(~prefill.valid, -1).amax((0, 2))
-        return closed, before - closed.masked_fill(~valid, -1).amax((0, 2))
+        moves = compact and bool(lost.any())
+        prefill.stages.append(
+            Stage(number, columns, valid, padded, lost, compact, moves, prefill.valid.shape[1], spatial)
+        )
+        return shorter, starts
 
     # What the layers behind a cut are handed.
 
     def _prefilling(
         self, prefill: Prefill, stage: Stage, number: int, hidden: Tensor, kwargs: dict[str, Any]
     ) -> dict[str, Any]:
+        """The arguments of a layer behind a cut in prefill."""
         mask, given, angles = (kwargs.get(name) for name in ("attention_mask", "position_ids", "position_embeddings"))
         key = (stage.layer, id(stage), id(mask), id(angles))
         if key not in prefill.prepared:
-            counted = self._counted(prefill.valid, given)
+            counted = _counted(prefill.valid, given)
             if stage.compact:
                 first = counted.masked_fill(~prefill.valid, torch.iinfo(torch.long).max).amin(-1, keepdim=True)
                 positions = first + (stage.valid.long().cumsum(-1) - 1).clamp(min=0)
                 positions = positions.masked_fill(~stage.valid, 0)
-                angles = self._rotary(hidden, positions if stage.spatial is None else stage.spatial, number)
+                angles = self.stack.rotary(hidden, positions if stage.spatial is None else stage.spatial, number)
             else:
                 positions = counted.gather(1, stage.columns)
                 angles = tuple(_columns(each, stage.columns) for each in kwargs["position_embeddings"])
@@ -350,23 +299,10 @@ class DecoderSite:
             }
         return {**kwargs, **prefill.prepared[key]}
 
-    @staticmethod
-    def _counted(valid: Tensor, given: Tensor | None) -> Tensor:
-        """The position ids of the whole prompt ``(rows, length)``: those that the layers are given, or counted."""
-        if given is None:
-            return (valid.long().cumsum(-1) - 1).clamp(min=0)
-        return given.expand(valid.shape)
-
-    def _rotary(self, hidden: Tensor, positions: Tensor, number: int) -> Any:
-        """The rotary embeddings of positions ``(rows, n)`` as layer ``number`` takes them."""
-        if self._rotates_by_kind:
-            return self.decoder.rotary_emb(hidden, positions, self.decoder.config.layer_types[number])
-        return self.decoder.rotary_emb(hidden, positions)
-
     def _prefill_mask(self, mask: Tensor | None, stage: Stage, hidden: Tensor) -> Tensor | None:
         """The layer's own mask at the remaining rows and columns; slots of padding see themselves alone."""
         if mask is None:
-            return None if not stage.padded else self._mask(_causal(stage.valid), hidden.dtype)
+            return self.stack.mask(_causal(stage.valid), hidden.dtype) if stage.padded else None
         if mask.ndim == 2:
             return stage.valid.to(mask.dtype)
         rows, width = stage.columns.shape
@@ -375,11 +311,10 @@ class DecoderSite:
         mask = mask.gather(3, stage.columns[:, None, None, :].expand(-1, mask.shape[1], width, -1))
         allowed, refused = (True, False) if mask.dtype == torch.bool else (0.0, torch.finfo(mask.dtype).min)
         mask = mask.masked_fill(~stage.valid[:, None, None, :], refused)
-        padding = torch.diag_embed(~stage.valid)[:, None]
-        return mask.masked_fill(padding, allowed)
+        return mask.masked_fill(torch.diag_embed(~stage.valid)[:, None], allowed)
 
     def _decoding(
-        self, number: int, stage: Stage, cache: Any, hidden: Tensor, kwargs: dict[str, Any]
+        self, call: Call, number: int, stage: Stage, cache: Any, hidden: Tensor, kwargs: dict[str, Any]
     ) -> dict[str, Any]:
         """What a layer behind a cut is handed otherwise than the model would, for the tokens that follow."""
         rows, queries = hidden.shape[:2]
@@ -389,147 +324,62 @@ class DecoderSite:
             )
         width = stage.columns.shape[1]
         new = cache.get_seq_length(number) - width + queries
-        changed = self._moved_up(number, stage, new, hidden, kwargs) if stage.moves else {}
-        mask, window = kwargs.get("attention_mask"), sliding_window(self.decoder, number)
-        slides = window is not None and width + new > window
+        changed = self._moved_up(call, number, stage, new, hidden, kwargs) if stage.moves else {}
+        mask, window = kwargs.get("attention_mask"), self.stack.sliding_window(number)
         if mask is not None and mask.ndim == 2:
             changed["attention_mask"] = torch.cat([stage.valid.to(mask.dtype), mask[:, -new:]], dim=1)
-        elif mask is not None or stage.padded or queries > 1 or slides:
-            valid = torch.cat([stage.valid, stage.valid.new_ones(rows, new)], dim=1)
-            allowed = _causal(valid)
+        elif mask is not None or stage.padded or queries > 1 or self.stack.slides(number, width + new):
+            allowed = _causal(torch.cat([stage.valid, stage.valid.new_ones(rows, new)], dim=1))
             if window is not None:  # counted in the whole prompt
                 behind = stage.columns.new_tensor(range(stage.length, stage.length + new)).expand(rows, new)
                 columns = torch.cat([stage.columns, behind], dim=1)
                 allowed = allowed & (columns[:, :, None] - columns[:, None, :] < window)
                 if cache.layers[number].is_sliding:  # the layer's cache holds the last keys alone
                     allowed = allowed[..., -(min(width + new - queries, window - 1) + queries) :]
-            changed["attention_mask"] = self._mask(allowed[:, -queries:], hidden.dtype)
+            changed["attention_mask"] = self.stack.mask(allowed[:, -queries:], hidden.dtype)
         return changed
 
-    def _moved_up(self, number: int, stage: Stage, new: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _moved_up(
+        self, call: Call, number: int, stage: Stage, new: int, hidden: Tensor, kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
         """The positions of the tokens that follow, the same for all layers of one kind behind one cut."""
         angles = kwargs["position_embeddings"]
-        last_stage, last_angles, changed = self._last_moved
+        last_stage, last_angles, changed = call.moved
         if last_stage is stage and last_angles is angles:
             return dict(changed)
-        (rows, queries), given = hidden.shape[:2], kwargs.get("position_ids")
+        (rows, queries), given, spatial = hidden.shape[:2], kwargs.get("position_ids"), call.spatial
         if given is None:
-            behind = torch.arange(new - queries, new, device=hidden.device)
-            positions = stage.valid.sum(-1)[:, None] + behind
+            positions = stage.valid.sum(-1)[:, None] + torch.arange(new - queries, new, device=hidden.device)
         else:
             positions = given.expand(rows, -1) - stage.lost[:, None]
-        spatial = self._spatial.get()
+        places = positions
         if stage.spatial is not None and spatial is not None:
-            turned = self._rotary(hidden, spatial.expand(-1, rows, -1) - stage.lost[:, None], number)
-        else:
-            turned = self._rotary(hidden, positions, number)
+            places = spatial.expand(-1, rows, -1) - stage.lost[:, None]
+        turned = self.stack.rotary(hidden, places, number)
         changed = {"position_ids": None if given is None else positions, "position_embeddings": turned}
-        self._last_moved = stage, angles, changed
+        call.moved = stage, angles, changed
         return dict(changed)
 
-    def _mask(self, allowed: Tensor, dtype: torch.dtype) -> Tensor:
-        """A mask ``(rows, 1, queries, keys)`` in the form that the model's attention kernel takes."""
-        allowed = allowed[:, None]
-        if self.decoder.config._attn_implementation == "eager":
-            return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(
-                ~allowed, torch.finfo(dtype).min
-            )
-        return allowed
 
-    # What the reducer may see.
+def _counted(valid: Tensor, given: Tensor | None) -> Tensor:
+    """The position ids of the whole prompt ``(rows, length)``: those that the layers are given, or counted."""
+    return (valid.long().cumsum(-1) - 1).clamp(min=0) if given is None else given.long().expand(valid.shape)
 
-    def _signals(
-        self,
-        prefill: Prefill,
-        stage: Stage,
-        step: AtDecoder,
-        number: int,
-        hidden: Tensor,
-        ahead: Callable[[], taps.Captured],
-    ) -> Callable[[Hashable], Any]:
-        row, valid = prefill.rows[number], stage.valid[number]
-        sequence = valid.nonzero()[:, 0]
-        place = torch.zeros_like(valid, dtype=torch.long)
-        place[sequence] = torch.arange(len(sequence), device=valid.device)
-        visual = place[row.slots]
-        text = torch.arange(int(place[row.slots.max()]) + 1, len(sequence), device=valid.device)
 
-        def view(captured: taps.Captured | None) -> Attention:
-            if captured is None or captured.queries.shape[2] != len(valid):
-                raise ValueError(f"{type(self.reducer).__name__} asks to see a layer from before an earlier cut")
-            mask = captured.mask
-            if mask is not None:
-                mask = mask[number if len(mask) > 1 else 0, 0][sequence][:, sequence] if mask.ndim == 4 else None
-            return Attention(
-                captured.queries[number][:, sequence],
-                captured.keys[number][:, sequence],
-                captured.values[number][:, sequence],
-                captured.scale,
-                visual=visual,
-                text=text,
-                mask=mask,
-                causal=mask is None,
-                softcap=captured.softcap,
-            )
-
-        def value(signal: Hashable) -> Any:
-            if signal not in step.sees:
-                raise KeyError(f"{signal} was not declared: list it in the step's `sees`")
-            match signal:
-                case DecoderAttention(layer=layer):
-                    calls = prefill.captured[self.layers[layer_index(layer, len(self.layers))].self_attn]
-                    return view(calls[-1] if calls else None)
-                case LookAheadAttention():
-                    return view(ahead())
-                case DecoderHidden(normed=normed):
-                    states = hidden[number, sequence]
-                    return self.decoder.norm(states) if normed else states
-                case ProjectedFeatures():
-                    return self._entered(prefill, number)[0]
-                case TextEmbeddings():
-                    return self._entered(prefill, number)[1]
-            raise KeyError(f"{signal} does not exist inside the language model")
-
-        return value
-
-    @staticmethod
-    def _entered(prefill: Prefill, number: int) -> tuple[Tensor, Tensor]:
-        """The row's visual tokens and the text behind them as they entered the language model."""
-        assert prefill.embeddings is not None
-        entered = prefill.entered[number]
-        behind = prefill.valid[number].nonzero()[:, 0]
-        return prefill.embeddings[number, entered], prefill.embeddings[number, behind[behind > entered.max()]]
-
-    @staticmethod
-    def _look_ahead(layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> taps.Captured:
-        """The queries and keys that ``layer`` would compute on these states; its attention itself is not run."""
-        with taps.capture([layer.self_attn], stop=True) as found, suppress(taps.Seen):
-            layer.self_attn(
-                hidden_states=layer.input_layernorm(hidden),
-                position_embeddings=kwargs["position_embeddings"],
-                position_ids=kwargs["position_ids"],
-                attention_mask=kwargs.get("attention_mask"),
-            )
-        (captured,) = found[layer.self_attn]
-        return captured
+def _closed_up(prefill: Prefill, spatial: Tensor, columns: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions in space and time ``(3, rows, n)`` without the gaps, and by how much what follows moves up."""
+    closed = spatial.new_zeros(len(spatial), *columns.shape)
+    for row, own in enumerate(valid):
+        visual = torch.zeros_like(prefill.valid[row])
+        visual[prefill.strands[row].entered] = True
+        closed[:, row, own] = closed_up(spatial[:, row], visual, columns[row, own])
+    before = spatial.masked_fill(~prefill.valid, -1).amax((0, 2))
+    return closed, before - closed.masked_fill(~valid, -1).amax((0, 2))
 
 
 def _columns(angles: Tensor, columns: Tensor) -> Tensor:
     """Rotary embeddings ``(rows or 1, length, dim)`` at some columns ``(rows, n)``."""
     return angles.expand(len(columns), -1, -1).gather(1, columns[..., None].expand(-1, -1, angles.shape[-1]))
-
-
-def sliding_window(decoder: Any, number: int) -> int | None:
-    """How many tokens back, itself counted, a token of this layer sees; None where it sees them all."""
-    window = getattr(decoder.config, "sliding_window", None)
-    kinds = getattr(decoder.config, "layer_types", None)
-    return window if kinds is None or kinds[number] == "sliding_attention" else None
-
-
-def _whole(valid: Tensor) -> Stage:
-    """The stage before any cut."""
-    columns = torch.arange(valid.shape[1], device=valid.device).expand(valid.shape)
-    return Stage(0, columns, valid, valid.new_zeros(len(valid), dtype=torch.long), False, valid.shape[1])
 
 
 def _causal(valid: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -38,13 +38,13 @@ def translated(inputs: dict[str, Any], prompt: Prompt, defaults: GenerationConfi
     return result
 
 
-def refuse_chunks(inputs: dict[str, Any], defaults: GenerationConfig) -> None:
+def refuse_chunks(inputs: Mapping[str, Any], defaults: GenerationConfig) -> None:
     """Raise ``ValueError`` where the prompt would be prefilled in chunks: one may end amid the visual tokens."""
     if _setting("prefill_chunk_size", inputs, defaults):
         raise ValueError("prefill_chunk_size may cut through the visual tokens: prefill the whole prompt at once")
 
 
-def _setting(name: str, inputs: dict[str, Any], defaults: GenerationConfig) -> Any:
+def _setting(name: str, inputs: Mapping[str, Any], defaults: GenerationConfig) -> Any:
     """One generation setting, from the first place that ``generate`` looks for it."""
     for value in (
         inputs.get(name),

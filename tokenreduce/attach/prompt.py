@@ -42,6 +42,13 @@ class Prompt:
     def input_ids(self) -> Tensor:
         return self.gather(self.full).masked_fill(self.mask == 0, self.pad)
 
+    def at(self, rows: Tensor) -> Prompt:
+        """The same of some rows ``(n,)``, in that order, perhaps several times."""
+        each = (self.full, self.full_mask, self.columns, self.mask)
+        full, full_mask, columns, mask = (value[rows.to(value.device)] for value in each)
+        positions = self.positions.index_select(-2, rows.to(self.positions.device))
+        return Prompt(full, full_mask, columns, mask, positions, self.pad)
+
     def gather(self, values: Tensor) -> Tensor:
         """What ``values`` of shape ``(..., rows, length)`` or ``(1, length)`` hold at the remaining columns."""
         values = values.expand(*values.shape[:-2], *self.full.shape)

@@ -84,6 +84,14 @@ def capture(modules: Iterable[nn.Module], stop: bool = False) -> Iterator[Captur
         _stops.reset(stops)
 
 
+@contextmanager
+def captured(modules: Iterable[nn.Module], stop: bool = False) -> Iterator[Captures]:
+    """:func:`capture`, on the kernels that the modules have now."""
+    modules = list(modules)
+    with installed(modules), capture(modules, stop) as found:
+        yield found
+
+
 def _install(kernel: str) -> None:
     original = _originals[kernel] = _eager if kernel == "eager" else ALL_ATTENTION_FUNCTIONS[kernel]
 

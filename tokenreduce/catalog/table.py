@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
-from tokenreduce.attach.decoder import DECODER_SIGNALS
-from tokenreduce.attach.vision import VISION_SIGNALS
+from tokenreduce import signals as interface
+from tokenreduce.attach.views import DecoderWatched, TowerWatched, Watched
 from tokenreduce.catalog.description import GRID, LLAVA, SITES, described, site_name
 from tokenreduce.models.family import ModelFamily
-from tokenreduce.reducer import AtEncoder, Span, TokenReducer
+from tokenreduce.reducer import AtEncoder, Geometry, Span, Tile, TokenReducer
 from tokenreduce.registry import BUILT_IN, MODELS, REDUCERS
-from tokenreduce.signals import (
-    ClassToken,
-    DecoderAttention,
-    DecoderHidden,
-    LookAheadAttention,
-    QuestionLikeness,
-    TextEmbeddings,
-    TokenSizes,
-)
+from tokenreduce.signals import Signal, TokenSizes, Unseen
 
-TEXT = (DecoderAttention, DecoderHidden, LookAheadAttention, QuestionLikeness, TextEmbeddings)
+EXAMPLE = {"layer": 0, "clip": ""}
+"""Values for the fields of signals that have no default."""
+
 HEADER = (
     "| reducer | what it does | paper | site | sees | text-aware | adaptive | merges | positions | checked against |"
 )
@@ -30,8 +27,8 @@ def row(name: str, reducer: TokenReducer) -> str:
     """One line of the table."""
     steps = reducer.steps(LLAVA)
     sites, signals = described(reducer)
-    text = any(isinstance(signal, TEXT) for step in steps for signal in step.sees)
-    span = Span(LLAVA, (GRID,), len(GRID), len(GRID))
+    text = any(signal.text for step in steps for signal in step.sees)
+    span = Span(LLAVA, (Tile(GRID),), len(GRID), len(GRID))
     adaptive = bool(steps) and reducer.count(steps[-1], span) is None
     cells = (
         f"`{name}`",
@@ -64,20 +61,32 @@ def models_table() -> str:
     for name, family in sorted(MODELS.usable().items()):
         if MODELS.package(name) == BUILT_IN:
             lines.append(_family_row(name, family))
-    return "\n".join([*lines, "", f"Signals inside the language model, in every family: {_named(DECODER_SIGNALS)}."])
+    inside = ", ".join(_shown(DecoderWatched, LLAVA))
+    return "\n".join([*lines, "", f"Signals inside the language model, in every family: {inside}."])
 
 
 def _family_row(name: str, family: type[ModelFamily]) -> str:
     reasons = "; ".join(f"{site_name(step)}: {reason}" for step, reason in family.unhosted.items())
     classes = ", ".join(f"`{each}`" for each in family.classes)
-    absent: dict[type, bool] = {ClassToken: not family.class_token, TokenSizes: not family.hosts(AtEncoder)}
-    signals = _named([each for each in VISION_SIGNALS if not absent.get(each)])
+    shown = _shown(TowerWatched, replace(LLAVA, class_token=family.class_token))
+    signals = ", ".join(each for each in shown if family.hosts(AtEncoder) or each != f"`{TokenSizes.__name__}`")
     sites = ["yes" if family.hosts(site) else "" for site in SITES]
     return f"| {' | '.join([f'`{name}`', classes, *sites, signals, reasons])} |"
 
 
-def _named(signals: Sequence[type]) -> str:
-    return ", ".join(f"`{signal.__name__}`" for signal in signals)
+def _shown(site: type[Watched], geometry: Geometry) -> list[str]:
+    """The signals of the interface that a site shows of a model of this geometry."""
+    family: Any = SimpleNamespace(geometry=geometry)
+    names = []
+    for name, kind in vars(interface).items():
+        if isinstance(kind, type) and issubclass(kind, Signal) and kind is not Signal:
+            fields = {field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING}
+            try:
+                kind(**{each: EXAMPLE[each] for each in fields}).watch(site(family, processor=True))
+            except Unseen:
+                continue
+            names.append(f"`{name}`")
+    return names
 
 
 def _link(paper: str) -> str:

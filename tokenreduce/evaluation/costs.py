@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
 from transformers import PreTrainedModel
 
-from tokenreduce.attach import SampleReduction
-from tokenreduce.budget import Budget, Layout, Solution, solve
+from tokenreduce.attach import reduce_tokens
+from tokenreduce.budget import Budget, Solution, solve
+from tokenreduce.counts import Layout
 from tokenreduce.flops import decoder_flops, key_width
 from tokenreduce.models.family import Inputs, ModelFamily, family_of
+from tokenreduce.passage import SampleReduction
 from tokenreduce.reducer import TokenReducer
 from tokenreduce.registry import MODELS
 
@@ -59,11 +62,23 @@ def sample_cost(family: ModelFamily, sample: SampleReduction, causal: bool = Tru
 def within_budget(model: PreTrainedModel, reducer: TokenReducer, budget: Budget, prompts: Iterable[Inputs]) -> Solution:
     """Hold a reducer to a budget on this model (:func:`tokenreduce.budget.solve`).
 
-    ``prompts`` are single-row inputs of ``generate``: the pictures and texts that costs are averaged over.
+    ``prompts`` are single-row inputs of ``generate``: the pictures and texts that costs are averaged over. An adaptive
+    reducer is run on them.
     """
-    family = family_of(model, MODELS.usable())
+    family, prompts = family_of(model, MODELS.usable()), list(prompts)
     layouts = [layout(family, inputs) for inputs in prompts]
-    return solve(reducer, budget, family.geometry, layouts, model.config.get_text_config())
+
+    def measure(candidate: TokenReducer) -> list[list[int]]:
+        counts = []
+        for inputs in prompts:
+            with reduce_tokens(model, candidate) as attachment, torch.inference_mode():
+                model(**inputs, logits_to_keep=1)
+            (sample,) = attachment.samples
+            text = sample.lengths[0] - sample.entering
+            counts.append([length - text for length in sample.lengths])
+        return counts
+
+    return solve(reducer, budget, family.geometry, layouts, model.config.get_text_config(), measure)
 
 
 def layout(family: ModelFamily, inputs: Inputs) -> Layout:
@@ -71,7 +86,7 @@ def layout(family: ModelFamily, inputs: Inputs) -> Layout:
     pictures = family.pictures(inputs)
     visual = sum(len(picture.tokens) for picture in pictures)
     return Layout(
-        grids=tuple(tile.grid for picture in pictures for tile in picture.tiles),
+        tiles=tuple(tile.described(place) for place, picture in enumerate(pictures) for tile in picture.tiles),
         special=sum(int((picture.tokens < 0).sum()) for picture in pictures),
         text=int(inputs["attention_mask"].sum()) - visual,
     )

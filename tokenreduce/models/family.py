@@ -14,20 +14,16 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tokenreduce.models.recipe import Recipe
 from tokenreduce.models.stack import DecoderStack
-from tokenreduce.reducer import AtEncoder, Geometry, Grid, Step
+from tokenreduce.reducer import AtEncoder, Geometry, Grid, Role, Step, Tile
 
 Inputs = Mapping[str, Any]
 """The keyword arguments of a model call, as a processor made them."""
 
 Modality = Literal["image", "video"]
 
-Role = Literal["whole", "thumbnail", "crop", "frame"]
-"""What a tile shows: a picture that has no other tile, the whole of one that has, a part of one, or a moment of a
-video."""
-
 
 @dataclass(frozen=True)
-class Tile:
+class EncodedTile:
     """A rectangle of visual tokens within which the vision encoder attends: an image, a tile of one, or a frame.
 
     grid:     its layout.
@@ -51,10 +47,9 @@ class Tile:
     column: int = 0
     time: float | None = None
 
-    @property
-    def part(self) -> bool:
-        """True if it shows a part of its picture alone."""
-        return self.role == "crop"
+    def described(self, picture: int) -> Tile:
+        """What a method may know of it, as a tile of a prompt's ``picture``."""
+        return Tile(self.grid, self.role, picture, self.row, self.column, self.time)
 
 
 @dataclass(frozen=True)
@@ -71,7 +66,7 @@ class Picture:
     """
 
     modality: Modality
-    tiles: tuple[Tile, ...]
+    tiles: tuple[EncodedTile, ...]
     tokens: Tensor
     lines: Tensor
     pixels: Tensor
@@ -80,7 +75,7 @@ class Picture:
     def plain(cls, grid: Grid, pixels: Tensor, sequence: int) -> Picture:
         """An image of one tile, every token of which is one patch and has one placeholder, in raster order."""
         places = torch.arange(len(grid))
-        tile = Tile(grid, places, sequence, None, len(grid))
+        tile = EncodedTile(grid, places, sequence, None, len(grid))
         return cls("image", (tile,), places, torch.zeros_like(places), pixels)
 
 

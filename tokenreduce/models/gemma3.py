@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from tokenreduce.models.family import Inputs, Modality, ModelFamily, Picture, Tile
+from tokenreduce.models.family import EncodedTile, Inputs, Modality, ModelFamily, Picture
 from tokenreduce.models.recipe import Recipe, text_settings, vision_settings
 from tokenreduce.models.towers import clip_layers, pooled_patches, tower_flops
 from tokenreduce.reducer import AtEncoder, AtEncoderOutput, AtInput, Geometry, Grid, Step
@@ -50,7 +50,7 @@ class Gemma3(ModelFamily):
         return [
             Picture(
                 "image",
-                (Tile(Grid(tokens, tokens), patches, number, None, side**2),),
+                (EncodedTile(Grid(tokens, tokens), patches, number, None, side**2),),
                 places,
                 torch.zeros_like(places),
                 pixels,

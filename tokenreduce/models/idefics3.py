@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from tokenreduce.models.family import Inputs, Modality, ModelFamily, Picture, Tile, cut_up
+from tokenreduce.models.family import EncodedTile, Inputs, Modality, ModelFamily, Picture, cut_up
 from tokenreduce.models.recipe import SQUARE_FRAMES, Ids, Recipe, text_settings, vision_settings
 from tokenreduce.models.towers import tower_flops
 from tokenreduce.reducer import AtEncoder, AtEncoderOutput, AtInput, Geometry, Grid, Step
@@ -70,7 +70,7 @@ class Idefics3(ModelFamily):
             for rows, columns in _arrangements(prompt, config.image_token_id, len(grid)):
                 last = first + rows * columns + 1
                 tiles = tuple(
-                    Tile(grid, patches, number, None, side * side, *role)
+                    EncodedTile(grid, patches, number, None, side * side, *role)
                     for number, role in enumerate(cut_up(grid, rows, columns), start=first)
                 )
                 tokens = torch.arange(len(tiles) * len(grid))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tokenreduce.flops import encoder_layer_flops
-from tokenreduce.models.family import Inputs, Modality, ModelFamily, Picture, Tile, cut_up
+from tokenreduce.models.family import EncodedTile, Inputs, Modality, ModelFamily, Picture, cut_up
 from tokenreduce.models.recipe import SIZE, SQUARE_FRAMES, Recipe, text_settings, vision_settings
 from tokenreduce.reducer import AtEncoder, AtEncoderOutput, AtInput, Geometry, Grid, Step
 
@@ -57,7 +57,7 @@ class InternVL(ModelFamily):
             last = first + run // len(grid)
             roles = cut_up(grid, *_arrangement(pixels[first:last]))
             tiles = tuple(
-                Tile(grid, patches, number, None, height * width, *role)
+                EncodedTile(grid, patches, number, None, height * width, *role)
                 for number, role in enumerate(roles, start=first)
             )
             tokens = torch.arange(run)

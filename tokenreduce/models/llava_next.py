@@ -10,10 +10,10 @@ import transformers
 from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-from tokenreduce.models.family import Inputs, Modality, Picture, Role, Tile
+from tokenreduce.models.family import EncodedTile, Inputs, Modality, Picture
 from tokenreduce.models.llava import Llava
 from tokenreduce.models.recipe import CLASS_TOKEN, CLIP_PICTURES, PINPOINTS, Recipe, text_settings, vision_settings
-from tokenreduce.reducer import AtEncoder, AtInput, Grid, Step
+from tokenreduce.reducer import AtEncoder, AtInput, Grid, Role, Step
 
 
 class LlavaNext(Llava):
@@ -94,7 +94,7 @@ def tiled(packed: Tensor, side: int, count: int, first: int, pixels: Tensor) -> 
     lines = newline.long().cumsum(0) - newline.long() + 1
     lines[:overview] = 0
     lines[~torch.isin(lines, lines[~newline])] = 0  # newlines of lines that lie in the padding whole: the picture's
-    tiles: list[Tile] = []
+    tiles: list[EncodedTile] = []
     tokens, before = packed.clone(), 0
     for number in range(count):
         own = packed[(packed >= 0) & (packed // side**2 == number)].sort().values
@@ -110,6 +110,6 @@ def tiled(packed: Tensor, side: int, count: int, first: int, pixels: Tensor) -> 
             place = int((packed == own[0]).nonzero()[0])
             role, row = "crop", int(lines[place]) - 1
             column = place - int((lines == lines[place]).nonzero()[0])
-        tiles.append(Tile(grid, patches, first + number, None, side**2, role, row, column))
+        tiles.append(EncodedTile(grid, patches, first + number, None, side**2, role, row, column))
         before += len(own)
     return Picture("image", tuple(tiles), tokens, lines, pixels)

@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from tokenreduce.models.family import Inputs, Modality, Picture, Tile
+from tokenreduce.models.family import EncodedTile, Inputs, Modality, Picture
 from tokenreduce.models.llava_next import LlavaNext
 from tokenreduce.models.recipe import (
     CLASS_TOKEN,
@@ -54,7 +54,7 @@ class LlavaNextVideo(LlavaNext):
         pictures = []
         for number, pixels in enumerate(inputs["pixel_values_videos"]):
             frames = range(number * len(pixels), (number + 1) * len(pixels))
-            tiles = tuple(Tile(grid, patches, frame, None, self.side**2, "frame") for frame in frames)
+            tiles = tuple(EncodedTile(grid, patches, frame, None, self.side**2, "frame") for frame in frames)
             tokens = torch.arange(len(tiles) * len(grid))
             pictures.append(Picture("video", tiles, tokens, torch.zeros_like(tokens), pixels))
         return pictures

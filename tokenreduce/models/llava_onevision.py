@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor
 from transformers.models.llava_onevision.modeling_llava_onevision import get_anyres_image_grid_shape
 
-from tokenreduce.models.family import Inputs, Modality, Picture, Tile
+from tokenreduce.models.family import EncodedTile, Inputs, Modality, Picture
 from tokenreduce.models.llava_next import LlavaNext
 from tokenreduce.models.recipe import PINPOINTS, SIZE, SQUARE_FRAMES, Recipe, text_settings, vision_settings
 from tokenreduce.reducer import AtEncoder, AtEncoderOutput, AtInput, Grid, Step
@@ -52,7 +52,7 @@ class LlavaOnevision(LlavaNext):
         pictures = []
         for number, pixels in enumerate(inputs["pixel_values_videos"]):
             frames = range(number * len(pixels), (number + 1) * len(pixels))
-            tiles = tuple(Tile(grid, patches, frame, None, self.side**2, "frame") for frame in frames)
+            tiles = tuple(EncodedTile(grid, patches, frame, None, self.side**2, "frame") for frame in frames)
             tokens = torch.tensor([*range(len(tiles) * len(grid)), -1])  # one newline, behind the last frame
             pictures.append(Picture("video", tiles, tokens, torch.zeros_like(tokens), pixels))
         return pictures

@@ -10,9 +10,9 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from tokenreduce.models.family import Inputs, Modality, ModelFamily, Picture, Role, Tile
+from tokenreduce.models.family import EncodedTile, Inputs, Modality, ModelFamily, Picture
 from tokenreduce.models.recipe import Ids, Recipe, text_settings
-from tokenreduce.reducer import AtEncoder, AtEncoderOutput, AtInput, Geometry, Grid, Step
+from tokenreduce.reducer import AtEncoder, AtEncoderOutput, AtInput, Geometry, Grid, Role, Step
 
 _NAMES: Mapping[Modality, tuple[str, str]] = {
     "image": ("pixel_values", "image_grid_thw"),
@@ -84,7 +84,7 @@ class Qwen2VL(ModelFamily):
                 extent = slice(first + frame * height * width, first + (frame + 1) * height * width)
                 patches = places[extent].view(-1, merge**2) - extent.start
                 grid = Grid(height // merge, width // merge)
-                tiles.append(Tile(grid, patches, 0, extent, height * width, role, time=second))
+                tiles.append(EncodedTile(grid, patches, 0, extent, height * width, role, time=second))
             tokens = torch.arange(time * height * width // merge**2)
             last = first + time * height * width
             pictures.append(Picture(modality, tuple(tiles), tokens, torch.zeros_like(tokens), pixels[first:last]))

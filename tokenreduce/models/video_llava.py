@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from tokenreduce.models.family import Inputs, Modality, Picture, Tile
+from tokenreduce.models.family import EncodedTile, Inputs, Modality, Picture
 from tokenreduce.models.llava import Llava
 from tokenreduce.models.recipe import CLASS_TOKEN, CLIP_FRAMES, CLIP_PICTURES, Recipe, text_settings, vision_settings
 from tokenreduce.models.towers import clip_layers
@@ -44,7 +44,7 @@ class VideoLlava(Llava):
             grid, count = Grid(pixels.shape[-2] // patch, pixels.shape[-1] // patch), len(pixels)
             places = torch.arange(len(grid))
             frames = range(number * count, (number + 1) * count)
-            tiles = tuple(Tile(grid, places, frame, None, len(grid), "frame") for frame in frames)
+            tiles = tuple(EncodedTile(grid, places, frame, None, len(grid), "frame") for frame in frames)
             tokens = torch.cat([torch.full((count, 1), -1), torch.arange(count * len(grid)).view(count, -1)], dim=1)
             lines = torch.arange(count)[:, None].expand_as(tokens)
             pictures.append(Picture("video", tiles, tokens.flatten(), lines.flatten(), pixels))

@@ -18,24 +18,22 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from tokenreduce.attach import Attachment, reduce_tokens
-from tokenreduce.attach.decoder import sliding_window
-from tokenreduce.attach.reductions import StepReduction
-from tokenreduce.attach.vision import VisionSite
+from tokenreduce.attach.call import Call, placed
+from tokenreduce.attach.encoding import Tower
 from tokenreduce.models.family import ModelFamily, family_of
+from tokenreduce.models.stack import DecoderStack
+from tokenreduce.passage import ImageReduction, SampleReduction
 from tokenreduce.reducer import (
-    AtDecoder,
-    AtEncoder,
-    AtInput,
     AtProjector,
+    Count,
     Geometry,
-    Grid,
     Positions,
     Selection,
     Span,
     Step,
+    Tile,
     TokenReducer,
     VisualTokens,
-    layer_index,
 )
 from tokenreduce.registry import MODELS
 
@@ -74,7 +72,7 @@ class _Recorded(TokenReducer):
     def steps(self, geometry: Geometry) -> Sequence[Step]:
         return self.inner.steps(geometry)
 
-    def count(self, step: Step, span: Span) -> int | None:
+    def count(self, step: Step, span: Span) -> Count:
         return self.inner.count(step, span)
 
     def positions_after(self, step: Step) -> Positions:
@@ -99,12 +97,13 @@ def identity_changes_nothing(reducer: TokenReducer, model: PreTrainedModel, inpu
     equal to those that go through together only up to rounding.
     """
     plain, tokens = _logits(model, inputs), _generate(model, inputs)
-    sites = [replace(step, keep=1.0) for step in _steps(reducer, model) if not isinstance(step, AtInput)]
+    sites = [replace(step, keep=1.0) for step in _steps(reducer, model) if not step.resizes]
     for site in sites or [AtProjector(keep=1.0)]:
         with _attached(model, Identity(site=site, positions=reducer.positions_after(site))) as attachment:
             logits = _logits(model, inputs)
             pictures = sum(len(sample.images) for sample in attachment.samples)
-            if isinstance(site, AtEncoder) and pictures > 1 and model.dtype != torch.float32:
+            singly = any(each.one_by_one for each in attachment.sites)
+            if singly and pictures > 1 and model.dtype != torch.float32:
                 _close(plain, logits, f"logits under the identity reducer at {site}")
                 continue
             _same(plain, logits, f"logits under the identity reducer at {site}")
@@ -127,37 +126,45 @@ def model_is_left_untouched(reducer: TokenReducer, model: PreTrainedModel, input
 
 
 def counts_are_exact(reducer: TokenReducer, model: PreTrainedModel, inputs: Inputs) -> None:
-    """Every image keeps what ``count`` promised, and every layer's key-value cache has the prompt's reported length."""
+    """Every scope keeps what ``count`` promised, and every layer's key-value cache has the prompt's reported length."""
     cache = DynamicCache()
     with _attached(model, reducer) as attachment:
         _call(model, inputs, past_key_values=cache)
     geometry = attachment.family.geometry
     steps = reducer.steps(geometry)
-    inside = [number for number, step in enumerate(steps) if isinstance(step, AtDecoder)]
     for sample in attachment.samples:
-        for image in sample.images:
-            grid = image.grid
-            left = entered = len(grid)
-            for number, (step, done) in enumerate(zip(steps, image.steps, strict=True)):
-                _check_source(reducer, image.grid, done)
-                if number in inside:
-                    continue
-                _check_count(reducer, reducer.count(step, Span(geometry, (grid,), entered, left)), len(done.index))
-                left = len(done.index)
-                if isinstance(step, AtInput) and left:
-                    grid, entered = grid.fit(left), left
-        left, text = sample.entering, sample.lengths[0] - sample.entering
-        for place, number in enumerate(inside):
-            layers = [layer_index(steps[each].layer, geometry.decoder_layers) for each in inside[place:]]  # type: ignore[attr-defined]
-            promised = None
-            if left:
-                grids = tuple(image.grid for image in sample.images)
-                promised = reducer.count(steps[number], Span(geometry, grids, sample.entering, left))
-            if len(layers) > 1 and layers[0] == layers[1]:  # the layer saw what a later step left
-                left = left if promised is None else promised
-                continue
-            left = sample.lengths[layers[0]] - text
-            _check_count(reducer, promised, left)
+        tiles = [Tile(image.grid, image.role, image.picture, time=image.time) for image in sample.images]
+        left: list[int] = [len(tile.grid) for tile in tiles]
+        entered: list[int] = left
+        special = sample.visual_tokens - sum(entered)
+        for number, step in enumerate(steps):
+            layer = step.decoder_layer(geometry)
+            done = [image.steps[number] for image in sample.images]
+            for image in sample.images:
+                _check_source(reducer, image, number, sample)
+            after = [len(each.index) for each in done]
+            if layer is None:
+                for group in _groups(step, tiles):
+                    here = sum(left[place] for place in group)
+                    if not here:
+                        continue
+                    span = Span(
+                        geometry, tuple(tiles[place] for place in group), sum(entered[place] for place in group), here
+                    )
+                    _check_count(reducer, reducer.count(step, span), sum(after[place] for place in group))
+                if step.resizes:
+                    tiles = [
+                        replace(tile, grid=tile.grid.fit(count)) if count else tile
+                        for tile, count in zip(tiles, after, strict=True)
+                    ]
+                    entered = after
+            elif not special and step.scope == "sample" and any(left):
+                span = Span(geometry, tuple(tiles), sample.entering, sum(left))
+                _check_count(reducer, reducer.count(step, span), sum(after))
+            left = after
+        text = sample.lengths[0] - sample.entering
+        if sample.images and not special and sample.lengths[-1] - text != sum(left):
+            raise InvariantError(f"{reducer}: the last layer saw {sample.lengths[-1] - text} of {sum(left)} tokens")
     for layer, entry in enumerate(cache.layers):
         longest = max(sample.lengths[layer] for sample in attachment.samples)
         if entry.get_seq_length() != longest:
@@ -181,7 +188,8 @@ def neighbours_do_not_matter(reducer: TokenReducer, model: PreTrainedModel, inpu
         with _attached(model, reducer) as alone:
             gap = (_logits(model, single)[0, -1] - reduced[row]).abs().max()
         if together[row].images and alone.samples != [together[row]]:
-            if plain_gap and model.dtype != torch.float32 and any(isinstance(step, AtDecoder) for step in steps):
+            inside = any(step.decoder_layer(attachment.family.geometry) is not None for step in steps)
+            if plain_gap and model.dtype != torch.float32 and inside:
                 continue  # what the language model shows differs too, by rounding, and a near tie may fall either way
             raise InvariantError(f"{reducer} keeps other tokens of sample {row} when it stands alone")
         allowed = max(4 * float(plain_gap), 16 * torch.finfo(model.dtype).eps * float(plain[row].abs().max()))
@@ -252,15 +260,30 @@ INVARIANTS: dict[str, Callable[[TokenReducer, PreTrainedModel, Inputs], None]] =
 }
 
 
-def _check_count(reducer: TokenReducer, promised: int | None, kept: int) -> None:
-    if promised is not None and kept != promised:
+def _groups(step: Step, tiles: Sequence[Tile]) -> list[list[int]]:
+    """The tiles, by their places, that one selection of a step is about."""
+    groups: dict[int, list[int]] = {}
+    for place, tile in enumerate(tiles):
+        groups.setdefault({"tile": place, "picture": tile.picture, "sample": 0}[step.scope], []).append(place)
+    return list(groups.values())
+
+
+def _check_count(reducer: TokenReducer, promised: Count, kept: int) -> None:
+    least, most = (promised, promised) if isinstance(promised, int) else promised or (0, kept)
+    if not least <= kept <= most:
         raise InvariantError(f"{reducer} promised {promised} tokens and kept {kept}")
 
 
-def _check_source(reducer: TokenReducer, grid: Grid, done: StepReduction) -> None:
-    """Every token went into a row, and every row that stands for a token holds it."""
-    if len(done.source) != len(grid) or min(done.source) < -1:
-        raise InvariantError(f"{reducer} gave a source that is no map of {len(grid)} tokens: {done.source}")
+def _check_source(reducer: TokenReducer, image: ImageReduction, number: int, sample: SampleReduction) -> None:
+    """Every token went into a row that is there, and every row that stands for a token holds it or another's."""
+    done = image.steps[number]
+    if len(done.source) != len(image.grid) or (done.source and min(done.source) < -1):
+        raise InvariantError(f"{reducer} gave a source that is no map of {len(image.grid)} tokens: {done.source}")
+    for row, tile in zip(done.source, done.into, strict=True) if done.into else ():
+        if tile >= 0 and row >= len(sample.images[tile].steps[number].index):
+            raise InvariantError(f"{reducer}: a token went into row {row} of tile {tile}, which has no such row")
+    if not done.into and done.source and max(done.source) >= len(done.index):
+        raise InvariantError(f"{reducer}: a token went into row {max(done.source)} of {len(done.index)}")
 
 
 def _attached(model: PreTrainedModel, reducer: TokenReducer) -> AbstractContextManager[Attachment]:
@@ -293,7 +316,7 @@ def _rows(inputs: Inputs, attachment: Attachment) -> Iterator[dict[str, Any]]:
     family, shape = attachment.family, inputs["input_ids"].shape
     pictures = family.pictures(inputs) if any(name in inputs for name in family.vision_inputs) else []
     first = {modality: 0 for modality in family.placeholders}
-    for row, own in enumerate(attachment.rows(inputs, pictures)):
+    for row, own in enumerate(placed(family, inputs, pictures)):
         valid = inputs["attention_mask"][row].bool()
         single = {
             name: value[row, valid][None]
@@ -312,12 +335,13 @@ def _literal(model: PreTrainedModel, single: Inputs, reducer: TokenReducer) -> T
     log: list[tuple[Step, Selection]] = []
     with _attached(model, _Recorded(inner=reducer, log=log)) as attachment:
         _logits(model, single)
-    inside = [(step, selection) for step, selection in log if isinstance(step, AtDecoder)]
+    geometry = attachment.family.geometry
+    inside = [(step, selection) for step, selection in log if step.decoder_layer(geometry) is not None]
     family, ids = attachment.family, single["input_ids"][0]
     decoder: Any = family.decoder
     order, visual, levels = _entering(attachment, reducer, single)
     text_ids = ids.masked_fill(attachment.visual(ids), 0)
-    compact = any(type(step) is not AtDecoder for step in _steps(reducer, model)) and _compact(reducer, model)
+    compact = _compact(reducer, model)
     whole = family.positions(single)[..., 0, :] + family.first_position
     whole = whole.reshape(-1, len(ids))[-3:]  # three rows where positions are in space and time
     positions = _without_gaps(whole, attachment.visual(ids), order) if compact else whole[:, order]
@@ -334,7 +358,7 @@ def _literal(model: PreTrainedModel, single: Inputs, reducer: TokenReducer) -> T
             added[0, visual] = level
         for number, layer in enumerate(decoder.layers):
             for step, selection in inside:
-                if layer_index(step.layer, len(decoder.layers)) != number:
+                if step.decoder_layer(geometry) != number:
                     continue
                 rows = hidden[0, visual][selection.index] if selection.features is None else selection.features
                 kept = [visual[place] for place in sorted(selection.index.tolist())]
@@ -366,21 +390,23 @@ def _literal(model: PreTrainedModel, single: Inputs, reducer: TokenReducer) -> T
 def _entering(attachment: Attachment, reducer: TokenReducer, single: Inputs) -> tuple[Tensor, list[int], list[Tensor]]:
     """What enters the language model: for every slot the column of the prompt that it stands for, the slots of visual
     tokens, and for every level of features those tokens' own."""
-    family, ids = attachment.family, single["input_ids"]
-    reduced = []
-    if any(name in single for name in family.vision_inputs):
-        site = VisionSite(reducer, family)
-        with site.installed(), torch.no_grad():
-            reduced = site.reduce(single, [QUESTION] * len(family.pictures(single)))
-    (row,) = attachment.rows(single, [each.picture for each in reduced])
-    left = [(columns, *reduced[number].left()) for number, columns in row]
-    chosen = [int(column) for columns, places, _, _ in left for column in columns[places]]
-    text = (~attachment.visual(ids)[0]).nonzero()[:, 0].tolist()
+    ids, chosen, features = single["input_ids"][0], [], []
+    if attachment.brings_pictures(single):
+        with (
+            _attached(attachment.model, reducer) as again,
+            torch.no_grad(),
+            Call(again, dict(single)).current() as call,
+        ):
+            again.tower = again.tower or Tower(again.family, set(), set(), one_by_one=False)
+            (kept,), every = again.reduced(call, single)
+            chosen = kept.tolist()
+            features = [every[number] for number, _ in call.rows[0] if every[number]]
+    text = (~attachment.visual(ids)).nonzero()[:, 0].tolist()
     slots = sorted(text + chosen)
     visual = [slot for slot, column in enumerate(slots) if column in set(chosen)]
     for slot, column in zip(visual, chosen, strict=True):
         slots[slot] = column
-    levels = [torch.cat(level) for level in zip(*(features for *_, features in left if features), strict=True)]
+    levels = [torch.cat(level) for level in zip(*features, strict=True)]
     return torch.tensor(slots), visual, levels
 
 
@@ -408,8 +434,10 @@ def _without_gaps(whole: Tensor, visual: Tensor, kept: Tensor) -> Tensor:
 
 
 def _compact(reducer: TokenReducer, model: PreTrainedModel) -> bool:
-    before = [step for step in _steps(reducer, model) if not isinstance(step, AtDecoder)]
-    return reducer.positions_after(before[-1]) == "compact"
+    """True if something is done before the language model and positions close up behind it."""
+    geometry = family_of(model, MODELS.usable()).geometry
+    before = [step for step in reducer.steps(geometry) if step.decoder_layer(geometry) is None]
+    return bool(before) and reducer.positions_after(before[-1]) == "compact"
 
 
 def _kind(decoder: Any, number: int) -> str:
@@ -422,7 +450,7 @@ def _takes_kind(decoder: Any) -> bool:
 
 def _window(family: ModelFamily) -> float:
     """How far back the layers with the shortest sight see."""
-    windows = [sliding_window(family.decoder, number) for number in range(family.geometry.decoder_layers)]
+    windows = [family.stack.sliding_window(number) for number in range(family.geometry.decoder_layers)]
     return min((window for window in windows if window is not None), default=math.inf)
 
 
@@ -432,7 +460,7 @@ def _sight(decoder: Any, number: int, columns: Tensor, blocks: Tensor | None, dt
     eager = decoder.config._attn_implementation == "eager"
     if blocks is not None:
         allowed = allowed | ((blocks[:, None] == blocks[None]) & (blocks[None] >= 0))
-    if (window := sliding_window(decoder, number)) is not None:
+    if (window := DecoderStack(decoder).sliding_window(number)) is not None:
         allowed = allowed & (columns[:, None] - columns[None] < window)
     elif blocks is None and not eager:
         return None

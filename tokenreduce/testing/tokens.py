@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tokenreduce.reducer import Geometry, Grid, Span, VisualTokens
+from tokenreduce.reducer import Geometry, Grid, Span, Tile, VisualTokens
 
 
 def visual_tokens(
@@ -34,5 +34,6 @@ def visual_tokens(
     if len(grid) != len(features):
         raise ValueError(f"{grid} has {len(grid)} places for {len(features)} tokens")
     geometry = geometry or Geometry(encoder_layers=24, decoder_layers=32, feature_layer=22, class_token=True)
-    span = Span(geometry, (grid,), len(features), len(features))
-    return VisualTokens(features, span, keep, signals=None if signals is None else signals.__getitem__)
+    span = Span(geometry, (Tile(grid),), len(features), len(features))
+    given = signals or {}
+    return VisualTokens(features, span, keep, signals=(lambda signal: [given[signal]]) if given else None)

@@ -1,0 +1,76 @@
+"""What stands on a model's modules while a reducer is attached. A copy or a pickle of the model has none of it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+
+class Hook:
+    """A hook of one module. In a copy of the module it becomes one that does nothing."""
+
+    def __init__(self, run: Callable[..., Any]) -> None:
+        self._run = run
+
+    def __call__(self, *args: Any) -> Any:
+        return self._run(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return nothing
+
+    def __reduce__(self) -> Any:
+        return _nothing, ()
+
+
+def nothing(*args: Any, **kwargs: Any) -> None:
+    """A hook that does nothing."""
+
+
+def _nothing() -> Callable[..., None]:
+    return nothing
+
+
+class Method:
+    """``wrapper(original, inputs)`` in the place of a model's method: every argument goes by its name, however the
+    caller passed it. In a copy of the model it becomes the method that the copy's class has."""
+
+    def __init__(self, model: nn.Module, name: str, wrapper: Callable[..., Any]) -> None:
+        self._model, self._name, self._wrapper = model, name, wrapper
+        self._original = getattr(model, name)
+        self._signature = inspect.signature(self._original)
+        kinds = self._signature.parameters.items()
+        self._extra = next((key for key, parameter in kinds if parameter.kind is parameter.VAR_KEYWORD), None)
+        functools.update_wrapper(self, self._original)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        inputs = self._signature.bind_partial(*args, **kwargs).arguments
+        others = inputs.pop(self._extra, {}) if self._extra else {}
+        return self._wrapper(self._original, {**inputs, **others})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copy = memo.get(id(self._model), self._model)
+        return MethodType(getattr(type(copy), self._name), copy)
+
+    def __reduce__(self) -> Any:
+        return getattr, (self._model, self._name)
+
+
+@contextmanager
+def replaced(model: nn.Module, wrappers: dict[str, Callable[..., Any]]) -> Iterator[None]:
+    """Put wrappers in the place of a model's methods, and what was there back at the end."""
+    own = {name: vars(model)[name] for name in wrappers if name in vars(model)}  # accelerate's, for instance
+    for name, wrapper in wrappers.items():
+        setattr(model, name, Method(model, name, wrapper))
+    try:
+        yield
+    finally:
+        for name in wrappers:
+            delattr(model, name)
+            if name in own:
+                setattr(model, name, own[name])

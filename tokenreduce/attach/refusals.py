@@ -1,0 +1,82 @@
+"""What an attached model cannot do, refused by name before it goes wrong without a word."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tokenreduce.attach import caches
+from tokenreduce.attach.call import Call
+from tokenreduce.attach.generation import refuse_chunks
+
+if TYPE_CHECKING:
+    from tokenreduce.attach.attachment import Attachment
+
+
+def check_model(attachment: Attachment) -> None:
+    """Raise ``ValueError`` for a model whose modules do not run as they are, so that hooks would be passed by."""
+    model = attachment.model
+    for site in attachment.sites:
+        site.check()
+    if _compiled(model.forward):
+        raise ValueError(
+            f"{type(model).__name__}.forward was compiled, which hides what happens inside: do not compile it"
+        )
+    standing = {id(module) for site in attachment.sites for module in site.modules()}
+    if attachment.tower is not None:
+        standing |= {id(module) for module in attachment.tower.modules()}
+    for name, module in model.named_modules():
+        if module._compiled_call_impl is not None and any(id(inner) in standing for inner in module.modules()):
+            raise ValueError(
+                f"{name or type(model).__name__} was compiled, so {type(attachment.reducer).__name__} cannot act "
+                "inside it: compile the layers' feed-forward networks instead (runtime=cuda_compile does), or nothing"
+            )
+
+
+def check_call(attachment: Attachment, call: Call, inputs: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` for what a call cannot do with the reducer that is attached."""
+    check_model(attachment)
+    for name in ("inputs_embeds", "mm_encoder_outputs"):
+        if inputs.get(name) is not None:
+            raise ValueError(
+                f"{name} hides the visual tokens from the reducer: pass input_ids and the pictures instead"
+            )
+    if not attachment.brings_pictures(inputs) or not attachment.steps:
+        return
+    cache = inputs.get("past_key_values")
+    if cache is not None and (cache.get_seq_length() or caches.lost(cache) is not None):
+        raise ValueError("pictures in a later turn need the whole conversation again: call without past_key_values")
+    if attachment.asks and attachment.question is None:
+        name = type(attachment.reducer).__name__
+        raise ValueError(f"{name} reads the question: pass question= to reduce_tokens")
+    _check_checkpointing(attachment)
+    if call.generating:
+        refuse_chunks(inputs, attachment.model.generation_config)
+        return
+    if inputs.get("labels") is not None:
+        raise ValueError("labels do not fit the shortened sequence: compute the loss from the logits yourself")
+    if isinstance(inputs.get("logits_to_keep"), Tensor):
+        raise ValueError(
+            "logits_to_keep as indices does not fit the shortened sequence: give a number of last positions"
+        )
+
+
+def _check_checkpointing(attachment: Attachment) -> None:
+    """A checkpointed layer runs again when gradients are computed, when no call goes on that its steps belong to."""
+    if not torch.is_grad_enabled():
+        return
+    for site in attachment.sites:
+        for module in site.modules():
+            for inner in module.modules():
+                if getattr(inner, "gradient_checkpointing", False) and inner.training:
+                    raise ValueError(
+                        f"gradient checkpointing runs layers a second time, where {type(attachment.reducer).__name__} "
+                        "would not act: call model.gradient_checkpointing_disable() first"
+                    )
+
+
+def _compiled(function: Any) -> bool:
+    return hasattr(function, "_torchdynamo_orig_callable") or isinstance(function, torch._dynamo.OptimizedModule)

@@ -1,0 +1,335 @@
+"""What the sites show to signals: of the vision tower, of the language model, and of the question."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tokenreduce.attach import taps
+from tokenreduce.attach.call import Call
+from tokenreduce.attach.clip import clip_space
+from tokenreduce.models.family import ModelFamily
+from tokenreduce.models.stack import DecoderStack
+from tokenreduce.passage import Group
+from tokenreduce.reducer import Layer, Step, TokenReducer
+from tokenreduce.signals import Attention, Clip, Scene, Signal, Unseen
+
+if TYPE_CHECKING:
+    from tokenreduce.attach.decoder import Prefill
+    from tokenreduce.attach.encoding import ReducedTile
+
+INSIDE = "the language model has not run yet"
+BEFORE = "the vision encoder has run by then"
+
+
+class Watched:
+    """What the signals of a site's steps ask for, gathered before anything runs; by itself a site shows nothing."""
+
+    def __init__(self, family: ModelFamily, processor: Any = None) -> None:
+        self.family, self.geometry = family, family.geometry
+        self.asks = False
+        self._processor = processor
+        self.attention: set[int] = set()
+        self.hidden: set[int] = set()
+
+    def encoder_attention(self, layer: Layer) -> None:
+        raise Unseen(BEFORE)
+
+    def encoder_hidden(self, layer: Layer) -> None:
+        raise Unseen(BEFORE)
+
+    def class_token(self) -> None:
+        raise Unseen(BEFORE)
+
+    def token_sizes(self) -> None:
+        raise Unseen(BEFORE)
+
+    def decoder_attention(self, layer: Layer) -> None:
+        raise Unseen(INSIDE)
+
+    def decoder(self) -> None:
+        raise Unseen(INSIDE)
+
+    def question(self) -> None:
+        self.asks = True
+
+    def processor(self) -> None:
+        if self._processor is None:
+            raise Unseen("the model's processor is not known: pass processor= to reduce_tokens")
+
+
+class TowerWatched(Watched):
+    """What is watched in the vision tower."""
+
+    def encoder_attention(self, layer: Layer) -> None:
+        self.attention.add(self.geometry.encoder_layer(layer))
+
+    def encoder_hidden(self, layer: Layer) -> None:
+        self.hidden.add(self.geometry.encoder_layer(layer))
+
+    def token_sizes(self) -> None:
+        pass
+
+    def class_token(self) -> None:
+        if not self.geometry.class_token:
+            raise Unseen("its vision encoder has no class token")
+
+
+class DecoderWatched(Watched):
+    """What is watched in the language model: the attention of ``attention``."""
+
+    def decoder_attention(self, layer: Layer) -> None:
+        self.attention.add(self.geometry.decoder_layer(layer))
+
+    def decoder(self) -> None:
+        pass
+
+
+class Sight:
+    """What every site shows: the scene and the question. The rest raises :class:`Unseen`."""
+
+    def __init__(self, call: Call, row: int, numbers: Sequence[int]) -> None:
+        self.call, self.row = call, row
+        self.geometry = call.attachment.family.geometry
+        self.numbers = numbers
+
+    @property
+    def scene(self) -> Scene:
+        call, attachment = self.call, self.call.attachment
+        tracks = call.journeys[self.row].tiles
+        wanted = tuple(tracks[number].tile for number in self.numbers)
+        pictures = sorted({tile.picture for tile in wanted})
+        pixels = tuple(call.pictures[call.rows[self.row][place][0]].picture.pixels for place in pictures)
+        return Scene(attachment.family, call.inputs, wanted, pixels, call.question(self.row), attachment.processor)
+
+    def encoder_attention(self, layer: Layer) -> Attention:
+        raise Unseen(BEFORE)
+
+    def encoder_hidden(self, layer: Layer) -> Tensor:
+        raise Unseen(BEFORE)
+
+    def class_token(self) -> Tensor:
+        raise Unseen(BEFORE)
+
+    def token_sizes(self) -> Tensor:
+        raise Unseen(BEFORE)
+
+    def clip(self, checkpoint: str) -> Clip:
+        raise Unseen(BEFORE)
+
+    def decoder_attention(self, layer: Layer) -> Attention:
+        raise Unseen(INSIDE)
+
+    def look_ahead(self, rotated: bool) -> Attention:
+        raise Unseen(INSIDE)
+
+    def decoder_hidden(self, normed: bool) -> Tensor:
+        raise Unseen(INSIDE)
+
+    def entered(self) -> tuple[Tensor, Tensor]:
+        raise Unseen(INSIDE)
+
+    def question_embeddings(self) -> Tensor:
+        attachment = self.call.attachment
+        tokenizer = attachment.processor.tokenizer
+        ids = tokenizer(self._question(), add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+        embeddings = attachment.model.get_input_embeddings()
+        return embeddings(ids.to(self.call.inputs["input_ids"].device))
+
+    def _question(self) -> str:
+        question = self.call.question(self.row)
+        if question is None:
+            name = type(self.call.attachment.reducer).__name__
+            raise ValueError(f"{name} reads the question: pass question= to reduce_tokens")
+        return question
+
+
+class TowerSight(Sight):
+    """What a tile shows up to the language model."""
+
+    def __init__(self, call: Call, row: int, tile: ReducedTile) -> None:
+        super().__init__(call, row, [tile.track.number])
+        self.tile = tile
+
+    def encoder_attention(self, layer: Layer) -> Attention:
+        tile, encoding = self.tile, self._encoding()
+        family = self.call.attachment.family
+        module = family.encoder_attention(encoding.modality)[self.geometry.encoder_layer(layer)]
+        calls = encoding.attention[module]
+        if not calls:
+            raise RuntimeError(
+                "the vision encoder did not run through transformers' attention interface, so it cannot be seen"
+            )
+        row, extent = tile.tile.sequence - encoding.first, tile.tile.extent
+        if extent is None:
+            (call,) = calls
+            queries, keys, values = (each[row] for each in (call.queries, call.keys, call.values))
+        else:  # a packed sequence, which most kernels take in stretches
+            call, row = calls[0], 0
+            queries, keys, values = (
+                torch.cat([getattr(each, name)[0] for each in calls], dim=1)[:, extent]
+                for name in ("queries", "keys", "values")
+            )
+        class_token = self.geometry.class_token
+        return Attention(
+            queries,
+            keys,
+            values,
+            call.scale,
+            visual=int(class_token) + tile.patches.to(queries.device),
+            class_token=0 if class_token else None,
+            mask=None if call.mask is None else call.mask[row if len(call.mask) > 1 else 0, 0],
+            softcap=call.softcap,
+        )
+
+    def encoder_hidden(self, layer: Layer) -> Tensor:
+        encoding = self._encoding()
+        sequence = encoding.sequence(encoding.hidden[self.geometry.encoder_layer(layer)], self.tile)
+        states = sequence[int(self.geometry.class_token) + self.tile.patches.to(sequence.device)]
+        return states.mean(1) if states.ndim == 3 else states
+
+    def class_token(self) -> Tensor:
+        encoding = self._encoding()
+        return encoding.sequence(encoding.hidden[self.geometry.feature_layer], self.tile)[0]
+
+    def token_sizes(self) -> Tensor:
+        track = self.tile.track
+        return torch.ones(len(track)) if track.sizes is None else track.sizes
+
+    def clip(self, checkpoint: str) -> Clip:
+        states = self.encoder_hidden(self.geometry.feature_layer)
+        space = clip_space(checkpoint, states.device)
+        question = self._question()
+        return Clip(space.patches(states), space.question(question), space.words(question))
+
+    def _encoding(self) -> Any:
+        if self.tile.encoding is None:
+            raise Unseen("the vision encoder has not run yet")
+        return self.tile.encoding
+
+
+class DecoderSight(Sight):
+    """What one prompt shows at the input of a layer of the language model.
+
+    arguments: what the layer is called with; memo: what the prompts of one cut share.
+    place:     the prompt's row; slots: where the tokens that a selection is about stand in the sequence.
+    """
+
+    def __init__(
+        self,
+        call: Call,
+        stack: DecoderStack,
+        prefill: Prefill,
+        layer: int,
+        hidden: Tensor,
+        arguments: Mapping[str, Any],
+        memo: dict[bool, taps.Captured],
+        place: int,
+        group: Group,
+        slots: Tensor,
+    ) -> None:
+        copies = len(prefill.strands) // len(call.journeys)
+        super().__init__(call, place // copies, [track.number for track in group.tracks if track.number >= 0])
+        self._stack, self._prefill, self._layer, self._hidden = stack, prefill, layer, hidden
+        self._arguments, self._memo, self._place, self._slots = arguments, memo, place, slots
+
+    def decoder_attention(self, layer: Layer) -> Attention:
+        calls = self._prefill.captured[self._stack.attention(self.geometry.decoder_layer(layer))]
+        return self._view(calls[-1] if calls else None, self.geometry.decoder_layer(layer))
+
+    def look_ahead(self, rotated: bool) -> Attention:
+        if rotated not in self._memo:
+            inputs = self._stack.attention_inputs(self._layer, self._hidden, self._arguments)
+            if not rotated:
+                cos, sin = inputs["position_embeddings"]
+                inputs["position_embeddings"] = torch.ones_like(cos), torch.zeros_like(sin)
+            module = self._stack.attention(self._layer)
+            with taps.captured([module], stop=True) as found, suppress(taps.Seen):
+                module(**inputs)
+            (self._memo[rotated],) = found[module]
+        return self._view(self._memo[rotated], self._layer if rotated else None)
+
+    def decoder_hidden(self, normed: bool) -> Tensor:
+        states = self._hidden[self._place, self._sequence]
+        return self._stack.norm(states) if normed else states
+
+    def entered(self) -> tuple[Tensor, Tensor]:
+        embeddings, entered = self._prefill.embeddings, self._prefill.strands[self._place].entered
+        if embeddings is None:
+            raise Unseen("the language model has not taken anything in")
+        behind = self._prefill.valid[self._place].nonzero()[:, 0]
+        visual = entered.to(embeddings.device)
+        return embeddings[self._place, visual], embeddings[self._place, behind[behind > visual.max()]]
+
+    @property
+    def _sequence(self) -> Tensor:
+        """The slots of this prompt, without padding: ``(sequence,)``."""
+        return self._prefill.last.valid[self._place].nonzero()[:, 0]
+
+    def _view(self, captured: taps.Captured | None, rotated_by: int | None) -> Attention:
+        """One prompt's own part of an attention layer; ``rotated_by`` is the layer whose rotary embedding its keys
+        have, if any."""
+        valid, place = self._prefill.last.valid[self._place], self._place
+        if captured is None or captured.queries.shape[2] != len(valid):
+            name = type(self.call.attachment.reducer).__name__
+            raise ValueError(f"{name} asks to see a layer from before an earlier cut")
+        sequence = self._sequence
+        number = torch.zeros_like(valid, dtype=torch.long)
+        number[sequence] = torch.arange(len(sequence), device=valid.device)
+        last = int(number[int(self._prefill.strands[place].slots.max())])
+        mask = captured.mask
+        if mask is not None:
+            mask = mask[place if len(mask) > 1 else 0, 0][sequence][:, sequence] if mask.ndim == 4 else None
+        queries, keys = captured.queries[place][:, sequence], captured.keys[place][:, sequence]
+        lead = 0 if rotated_by is None else self._lead()
+        if lead and rotated_by is not None:  # as it is without padding before it
+            queries, keys = (self._stack.rotated_back(each, lead, rotated_by) for each in (queries, keys))
+        return Attention(
+            queries,
+            keys,
+            captured.values[place][:, sequence],
+            captured.scale,
+            visual=number[self._slots.to(valid.device)],
+            text=torch.arange(last + 1, len(sequence), device=valid.device),
+            mask=mask,
+            causal=mask is None,
+            softcap=captured.softcap,
+        )
+
+    def _lead(self) -> int:
+        """By how many positions this prompt stands behind where it would begin alone: a plain forward call counts its
+        padding."""
+        family, whole = self.call.attachment.family, self._prefill.valid[self._place]
+        if not self._prefill.padding_counts or not family.counts_padding:
+            return 0
+        return int(whole.int().argmax())
+
+
+def shown(
+    reducer: TokenReducer, step: Step, views: Sequence[Any], scope: Callable[[], Any] | None = None
+) -> Callable[[Signal], Sequence[Any]]:
+    """How a step's tokens get its signals: from the ``views`` on its tiles, or from the one on its whole ``scope``."""
+
+    def values(signal: Signal) -> Sequence[Any]:
+        if signal not in step.sees:
+            raise KeyError(f"{signal} was not declared: list it in the step's `sees`")
+        try:
+            if signal.joint:
+                return [signal.value(scope() if scope else views[0])]
+            return [signal.value(view) for view in views]
+        except Unseen as error:
+            raise unseen(reducer, step, signal, views[0].call.attachment.family, error) from error
+
+    return values
+
+
+def unseen(reducer: TokenReducer, step: Step, signal: Any, family: ModelFamily, reason: object) -> ValueError:
+    """The error that a signal cannot be shown, which names it, the site and the family."""
+    return ValueError(
+        f"{type(reducer).__name__} asks to see {signal} {type(step).__name__}, which {type(family).__name__} models "
+        f"cannot show: {reason}"
+    )
