@@ -49,6 +49,11 @@ def record(benchmark: Scenes, index: int, steps: tuple[StepReduction, ...], *, r
     )
 
 
+def tiled(*tiles: ImageReduction) -> Record:
+    """A record of a sample of these tiles."""
+    return Record("a", "b", "c", "d?", ("e",), answer="f", score=1.0, images=tiles)
+
+
 def dropping(kept: range) -> tuple[StepReduction, ...]:
     source = tuple(kept.index(token) if token in kept else -1 for token in range(TOKENS))
     return (StepReduction("projector", tuple(kept), source),)

@@ -13,9 +13,10 @@ from tokenreduce.attach import ImageReduction, StepReduction
 from tokenreduce.benchmarks.scenes import Scenes
 from tokenreduce.evaluation.records import Record
 from tokenreduce.reducer import Grid
-from tokenreduce.reporting.pictures import draw_kept_tokens, faded, kept_and_groups
+from tokenreduce.reporting.pictures import draw_kept_tokens, faded
+from tokenreduce.reporting.views import View, views
 
-from .made_up import SIDE, dropping, pooling, record
+from .made_up import SIDE, dropping, pooling, record, tiled
 
 
 def cell(pixels: np.ndarray, row: int, column: int) -> np.ndarray:
@@ -23,9 +24,14 @@ def cell(pixels: np.ndarray, row: int, column: int) -> np.ndarray:
     return pixels[row * size : (row + 1) * size, column * size : (column + 1) * size].reshape(-1, 3)
 
 
+def view_of(steps: tuple[StepReduction, ...]) -> View:
+    (view,) = views(tiled(ImageReduction(Grid(SIDE, SIDE), steps)))
+    return view
+
+
 def test_kept_tokens_look_as_they_were_and_dropped_ones_are_faded() -> None:
     image = Image.new("RGB", (96, 96), (200, 30, 30))
-    pixels = faded(image, ImageReduction(Grid(SIDE, SIDE), dropping(range(12, 24))))
+    pixels = faded(image, view_of(dropping(range(12, 24))))
     assert np.allclose(cell(pixels, 1, 5), np.array([200, 30, 30]) / 255, atol=0.01)
     for row in (0, 2, 11):
         dropped = cell(pixels, row, 5)
@@ -34,21 +40,20 @@ def test_kept_tokens_look_as_they_were_and_dropped_ones_are_faded() -> None:
 
 
 def test_merged_tokens_share_their_groups_colour() -> None:
-    layout = ImageReduction(Grid(SIDE, SIDE), pooling())
-    kept, groups = kept_and_groups(layout)
-    assert kept.all()
-    assert groups is not None
-    assert len(np.unique(groups)) == 36
-    pixels = faded(Image.new("RGB", (96, 96), (100, 100, 100)), layout)
+    view = view_of(pooling())
+    assert view.kept.all()
+    assert view.groups is not None
+    assert len(np.unique(view.groups)) == 36
+    pixels = faded(Image.new("RGB", (96, 96), (100, 100, 100)), view)
     assert np.allclose(cell(pixels, 0, 0), cell(pixels, 1, 1))
     assert not np.allclose(cell(pixels, 0, 0), cell(pixels, 0, 2))
 
 
 def test_plain_dropping_has_no_groups_and_no_steps_keep_all() -> None:
-    assert kept_and_groups(ImageReduction(Grid(SIDE, SIDE), dropping(range(5))))[1] is None
-    kept, groups = kept_and_groups(ImageReduction(Grid(SIDE, SIDE)))
-    assert kept.all()
-    assert groups is None
+    assert view_of(dropping(range(5))).groups is None
+    whole = view_of(())
+    assert whole.kept.all()
+    assert whole.groups is None
 
 
 @pytest.mark.parametrize("kind", ["dropping", "pooling", "no_image", "unreduced"])
@@ -79,11 +84,3 @@ def test_samples_without_an_answer_are_not_drawn(scenes: Scenes, reduced: list[R
     assert not draw_kept_tokens(scenes, failed, [], tmp_path / "kept.png", name="x", title="x")
     assert not draw_kept_tokens(scenes, reduced, [], tmp_path / "kept.png", name="x", title="x", count=0)
     assert not (tmp_path / "kept.png").exists()
-
-
-def test_of_an_image_in_tiles_the_one_that_shows_all_of_it_is_drawn(reduced: list[Record]) -> None:
-    whole = reduced[0].images[0]
-    tiled = replace(reduced[0], images=(replace(whole, role="crop"), whole, replace(whole, role="crop")))
-    assert tiled.overview is whole
-    assert replace(tiled, images=tiled.images[:1]).overview is None
-    assert Record.from_line(tiled.line()) == tiled

@@ -71,11 +71,6 @@ class Record:
         """The inverse of :meth:`line`; raises as :func:`tokenreduce.evaluation.schema.from_json` does."""
         return from_json(cls, line, SCHEMA)
 
-    @property
-    def overview(self) -> ImageReduction | None:
-        """The first of its images that shows a whole picture."""
-        return next((image for image in self.images if not image.part), None)
-
 
 def read_records(folder: Path | str, limit: int | None = None) -> list[Record]:
     """The records of a run's folder in the benchmark's order, at most the first ``limit``.

@@ -8,17 +8,16 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from PIL import Image
 
-from tokenreduce.attach import ImageReduction
 from tokenreduce.benchmarks.benchmark import Benchmark
-from tokenreduce.benchmarks.images import rgb
 from tokenreduce.evaluation.records import Record
-from tokenreduce.reducer import Grid
 from tokenreduce.registry import BENCHMARKS
 from tokenreduce.reporting.discovery import Comparison
-from tokenreduce.reporting.pictures import as_seen, borders, drawable, kept_and_groups, sample_of
+from tokenreduce.reporting.pictures import sample_of
 from tokenreduce.reporting.study import Row, Study
+from tokenreduce.reporting.views import Place, View, as_seen, image_of, sheet, spaced, views
 
 _SIDE = 336
 """Pixels of a picture's longer side."""
@@ -27,17 +26,13 @@ _TINTS = 12
 
 
 @dataclass(frozen=True)
-class Kept:
-    """One method's answer about a picture, and paths over it in units of tokens.
+class Layer:
+    """What is laid over one view of a picture: paths in units of tokens.
 
-    number:  the row's place in the study.
     dropped: tokens that are gone; edges: where what is kept, or merged, changes; tints: merged tokens by colour.
     """
 
-    row: Row
-    number: int
-    record: Record
-    right: bool
+    place: Place
     columns: int
     rows: int
     dropped: str
@@ -46,8 +41,22 @@ class Kept:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """One method's answer about a picture, and what is laid over it. number: the row's place in the study."""
+
+    row: Row
+    number: int
+    record: Record
+    right: bool
+    layers: Sequence[Layer]
+
+
+@dataclass(frozen=True)
 class Drawn:
-    """A sample with what every method made of it. picture: as ``data:`` URI, or None where there is none."""
+    """A sample with what every method made of it.
+
+    picture: all its views side by side, as ``data:`` URI, or None where there is none; ratio: of height to width.
+    """
 
     record: Record
     right: bool
@@ -88,42 +97,45 @@ def gallery(study: Study, samples: Iterable[str]) -> list[Drawn]:
 
 
 def _drawn(study: Study, plain: Record, benchmark: Benchmark | None) -> Drawn:
-    image = _image(benchmark, plain)
+    padded = bool(study.unreduced.comparison.config.get("model", {}).get("do_pad"))
+    images = _images(benchmark, plain)
+    found = views(plain) or [View(np.ones((1, 1), dtype=bool), None)]
+    shown = spaced(len(found))
+    under = [(found[place], image_of(images, place, len(found))) for place in shown]
+    seen = [as_seen(image, view, padded) for view, image in under if image is not None]
+    places, height = sheet(
+        [each.height / each.width for each in seen] or [view.rows / view.columns for view, _ in under]
+    )
     kept = []
     for number, row in enumerate(study.rows[1:], 1):
         runs = row.comparison.records.get(row.key, ())
         record = runs[0].get(plain.id) if runs else None
-        if record is not None and record.error is None and record.overview and drawable(record.overview):
-            kept.append(_kept(row, number, record, record.overview))
-    layout = plain.overview or ImageReduction(Grid(1, 1))
-    padded = bool(study.unreduced.comparison.config.get("model", {}).get("do_pad"))
-    seen = as_seen(image, layout, padded) if image else None
-    ratio = seen.height / seen.width if seen else layout.grid.height / layout.grid.width
-    return Drawn(plain, _right(plain), _encoded(seen) if seen else None, ratio, kept)
+        if record is not None and record.error is None and len(cut := views(record)) == len(found):
+            layers = [_layer(cut[each], place) for each, place in zip(shown, places, strict=True)]
+            kept.append(Kept(row, number, record, _right(record), layers))
+    picture = _encoded(seen, places, height) if seen else None
+    return Drawn(plain, _right(plain), picture, height, kept)
 
 
-def _kept(row: Row, number: int, record: Record, layout: ImageReduction) -> Kept:
-    rows, columns = layout.grid.height, layout.grid.width
-    kept, groups = kept_and_groups(layout)
-    cells = kept.reshape(rows, columns)
+def _layer(view: View, place: Place) -> Layer:
     tints: dict[int, list[str]] = {}
-    if groups is not None:
-        for place, group in enumerate(groups):
+    if view.groups is not None:
+        for (y, x), group in np.ndenumerate(view.groups):
             if group >= 0:
-                tints.setdefault(int(group) % _TINTS, []).append(f"M{place % columns} {place // columns}h1v1h-1z")
+                tints.setdefault(int(group) % _TINTS, []).append(f"M{x} {y}h1v1h-1z")
     dropped = []
-    for y in range(rows):
+    for y in range(view.rows):
         x = 0
-        while x < columns:
+        while x < view.columns:
             start = x
-            while x < columns and not cells[y, x]:
+            while x < view.columns and not view.kept[y, x]:
                 x += 1
             if x > start:
                 dropped.append(f"M{start} {y}h{x - start}v1h-{x - start}z")
             x += 1
-    edges = "".join(f"M{x} {y}L{to_x} {to_y}" for (x, y), (to_x, to_y) in borders(layout))
+    edges = "".join(f"M{x} {y}L{to_x} {to_y}" for (x, y), (to_x, to_y) in view.borders())
     tinted = {tint: "".join(cells) for tint, cells in tints.items()}
-    return Kept(row, number, record, _right(record), columns, rows, "".join(dropped), edges, tinted)
+    return Layer(place, view.columns, view.rows, "".join(dropped), edges, tinted)
 
 
 def _right(record: Record) -> bool:
@@ -142,19 +154,23 @@ def _benchmark(comparison: Comparison) -> Benchmark | None:
         return None
 
 
-def _image(benchmark: Benchmark | None, record: Record) -> Image.Image | None:
+def _images(benchmark: Benchmark | None, record: Record) -> Sequence[Image.Image]:
     if benchmark is None:
-        return None
+        return ()
     try:
-        return benchmark.images(sample_of(record))[0]
+        return benchmark.images(sample_of(record))
     except Exception as error:  # as above, or a file that is gone
         warnings.warn(f"sample {record.id!r} is drawn without its picture: {error}", stacklevel=2)
-        return None
+        return ()
 
 
-def _encoded(image: Image.Image) -> str:
-    small = rgb(image)
-    small.thumbnail((_SIDE, _SIDE))
+def _encoded(seen: Sequence[Image.Image], places: Sequence[Place], height: float) -> str:
+    """Images at their places on one sheet."""
+    scale = _SIDE / max(1.0, height) * (1 if len(seen) == 1 else 2)
+    picture = Image.new("RGB", (round(scale), round(scale * height)), "white")
+    for image, place in zip(seen, places, strict=True):
+        size = (round(scale * place.width), round(scale * place.height))
+        picture.paste(image.convert("RGB").resize(size), (round(scale * place.x), round(scale * place.y)))
     file = io.BytesIO()
-    small.save(file, "JPEG", quality=88)
+    picture.save(file, "JPEG", quality=88)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode("ascii")

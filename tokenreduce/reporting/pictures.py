@@ -14,13 +14,11 @@ from matplotlib.collections import LineCollection, PatchCollection
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
-from PIL import Image, ImageOps
+from PIL import Image
 
-from tokenreduce.attach import ImageReduction
 from tokenreduce.benchmarks.benchmark import Benchmark, Sample
-from tokenreduce.benchmarks.images import rgb
 from tokenreduce.evaluation.records import Record
-from tokenreduce.reducer import Grid
+from tokenreduce.reporting.views import Place, View, as_seen, image_of, sheet, spaced, views
 
 KEPT_TOKENS = "figures/kept_tokens.png"
 """Where in a run's folder the picture stands."""
@@ -62,9 +60,8 @@ def draw_kept_tokens(
     figure.suptitle(title, fontsize=13, fontweight="bold", color=_INK)
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     varies = len({record.entering for record, _ in shown}) > 1
-    for panel, (record, image) in zip(panels, shown, strict=False):
-        layout = record.overview or ImageReduction(Grid(1, 1))
-        _draw_image(panel, as_seen(image, layout, padded), layout)
+    for panel, (record, images) in zip(panels, shown, strict=False):
+        _draw_views(panel, views(record), images, padded)
         question = textwrap.fill(record.question, 36, max_lines=3, placeholder=" …")
         panel.set_title(question, fontsize=11, fontweight="bold", color=_INK, pad=8)
         lines = [("expected", textwrap.shorten(" / ".join(record.expected), 24, placeholder=" …"), _INK)]
@@ -81,62 +78,36 @@ def draw_kept_tokens(
     return True
 
 
-def faded(image: Image.Image, record: ImageReduction) -> Pixels:
+def faded(image: Image.Image, view: View) -> Pixels:
     """``(height, width, 3)`` in [0, 1]: the image with dropped tokens faded to paper and merged groups tinted."""
-    rows, columns = record.grid.height, record.grid.width
-    pixels = np.asarray(rgb(image).resize((_PIXELS, _PIXELS), Image.Resampling.LANCZOS), dtype=float)
-    kept, groups = kept_and_groups(record)
+    pixels = np.asarray(image.convert("RGB").resize((_PIXELS, _PIXELS), Image.Resampling.LANCZOS), dtype=float)
     grey = pixels.mean(axis=-1, keepdims=True)
     dropped = 0.16 * pixels + 0.12 * grey + 0.72 * _PAPER
-    mask = _enlarged(kept.reshape(rows, columns), pixels.shape)
+    mask = _enlarged(view.kept, pixels.shape)
     result = np.where(mask[..., None], pixels, dropped)
-    if groups is not None:
-        tints = colormaps["tab20"](groups % 20)[:, :3].reshape(rows, columns, 3) * 255
+    if view.groups is not None:
+        tints = colormaps["tab20"](view.groups % 20)[..., :3] * 255
         tint = np.stack([_enlarged(tints[..., channel], pixels.shape) for channel in range(3)], axis=-1)
         result = np.where(mask[..., None], 0.74 * result + 0.26 * tint, result)
     return np.clip(result / 255, 0, 1)
 
 
-def kept_and_groups(record: ImageReduction) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64] | None]:
-    """For every token of the first frame whether anything of it is left, and its output row where rows are merged."""
-    rows, columns = record.grid.height, record.grid.width
-    if not record.steps:
-        return np.ones(rows * columns, dtype=bool), None
-    source = np.asarray(record.steps[-1].source[: rows * columns], dtype=np.int64)
-    kept = source >= 0
-    merged = len(np.unique(source[kept])) < kept.sum()
-    return kept, source if merged else None
-
-
-def drawable(record: ImageReduction) -> bool:
-    """Whether every token has a place in the grid: packing may have put others among them."""
-    return not record.steps or len(record.steps[-1].source) == len(record.grid)
-
-
-def borders(record: ImageReduction) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Lines between tokens, as ``(column, row)`` ends: where what is kept, or what is merged with what, changes."""
-    rows, columns = record.grid.height, record.grid.width
-    kept, groups = kept_and_groups(record)
-    values = np.where(kept, 0 if groups is None else groups, -1).reshape(rows, columns)
-    upright = [((x, y), (x, y + 1)) for y in range(rows) for x in range(1, columns) if values[y, x] != values[y, x - 1]]
-    level = [((x, y), (x + 1, y)) for y in range(1, rows) for x in range(columns) if values[y, x] != values[y - 1, x]]
-    return upright + level
-
-
-def _examples(benchmark: Benchmark, records: Sequence[Record], count: int) -> list[tuple[Record, Image.Image]]:
+def _examples(
+    benchmark: Benchmark, records: Sequence[Record], count: int
+) -> list[tuple[Record, Sequence[Image.Image]]]:
     """One answered sample of each of the first images, going through the categories in turn."""
     by_image: dict[str, dict[str, Record]] = {}
     for record in records:
-        if record.error is None and record.overview and drawable(record.overview):
+        if record.error is None and views(record):
             by_image.setdefault(record.image_id, {}).setdefault(record.category, record)
     order = list(dict.fromkeys(category for each in by_image.values() for category in each))
-    shown: list[tuple[Record, Image.Image]] = []
+    shown: list[tuple[Record, Sequence[Image.Image]]] = []
     for choices in by_image.values():
         if len(shown) == count:
             break
         wanted = order[len(shown) % len(order)]
         record = choices.get(wanted) or next(iter(choices.values()))
-        shown.append((record, benchmark.images(sample_of(record))[0]))
+        shown.append((record, benchmark.images(sample_of(record))))
     return shown
 
 
@@ -145,31 +116,35 @@ def sample_of(record: Record) -> Sample:
     return Sample(record.id, record.question, record.expected, record.category, record.image_id)
 
 
-def _draw_image(panel: Axes, image: Image.Image, layout: ImageReduction) -> None:
-    rows, columns = layout.grid.height, layout.grid.width
-    panel.imshow(faded(image, layout), extent=(0, columns, rows, 0), aspect="equal")
-    _outline(panel, layout)
-    panel.set_xlim(-0.06, columns + 0.06)
-    panel.set_ylim(rows + 0.06, -0.06)
+def _draw_views(panel: Axes, found: Sequence[View], images: Sequence[Image.Image], padded: bool) -> None:
+    """Pictures, or the frames of a video, as a strip."""
+    shown = [(found[place], image_of(images, place, len(found))) for place in spaced(len(found))]
+    places, height = sheet([view.rows / view.columns for view, _ in shown])
+    for (view, image), place in zip(shown, places, strict=True):
+        if image is not None:
+            extent = (place.x, place.x + place.width, place.y + place.height, place.y)
+            panel.imshow(faded(as_seen(image, view, padded), view), extent=extent, aspect="equal")
+        _outline(panel, view, place)
+        if view.time is not None:
+            label = panel.text(place.x, place.y, f"{view.time:.1f} s", ha="left", va="top", fontsize=6, color=_INK)
+            label.set_bbox({"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1})
+    margin = 0.06 / shown[0][0].columns
+    panel.set_xlim(-margin, 1 + margin)
+    panel.set_ylim(height + margin, -margin)
     panel.set_axis_off()
 
 
 def _caption(panel: Axes, lines: Sequence[tuple[str, str, str]]) -> None:
     """Below the panel, a line for every (name, text, colour)."""
     for number, (name, text, color) in enumerate(lines):
-        place = -0.03 - 0.068 * number
-        panel.text(0.48, place, name, transform=panel.transAxes, ha="right", va="top", fontsize=9.5, color=_FAINT)
-        panel.text(
-            0.52,
-            place,
-            text,
-            transform=panel.transAxes,
-            ha="left",
-            va="top",
-            fontsize=9.5,
-            color=color,
-            fontweight="bold",
-        )
+        for x, side, words, ink, weight in (
+            (0.48, "right", name, _FAINT, "normal"),
+            (0.52, "left", text, color, "bold"),
+        ):
+            panel.annotate(
+                words, (x, 0), xycoords="axes fraction", xytext=(0, -7 - 16 * number), textcoords="offset points",
+                ha=side, va="top", fontsize=9.5, color=ink, fontweight=weight,
+            )  # fmt: skip
 
 
 def _verdict(record: Record) -> tuple[str, str]:
@@ -179,26 +154,16 @@ def _verdict(record: Record) -> tuple[str, str]:
     return f"{answer} {'✓' if right else '✗'}", _RIGHT if right else _WRONG
 
 
-def _outline(panel: Axes, layout: ImageReduction) -> None:
+def _outline(panel: Axes, view: View, place: Place) -> None:
     """A line wherever what is kept, or what is merged with what, changes; faint cells inside."""
-    rows, columns = layout.grid.height, layout.grid.width
-    kept, _ = kept_and_groups(layout)
-    if rows * columns <= _CELLS:
-        cells = [Rectangle((x, y), 1, 1) for y, x in np.argwhere(kept.reshape(rows, columns))]
+    wide, high = place.width / view.columns, place.height / view.rows
+    if view.rows * view.columns <= _CELLS:
+        cells = [Rectangle((place.x + x * wide, place.y + y * high), wide, high) for y, x in np.argwhere(view.kept)]
         panel.add_collection(PatchCollection(cells, facecolor="none", edgecolor=(1, 1, 1, 0.4), linewidth=0.35))
-    panel.add_collection(LineCollection(borders(layout), colors=_INK, linewidth=0.9, capstyle="projecting"))
-    panel.add_patch(Rectangle((0, 0), columns, rows, fill=False, linewidth=0.9, edgecolor=_FAINT))
-
-
-def as_seen(image: Image.Image, layout: ImageReduction, padded: bool) -> Image.Image:
-    """The part of an image that the grid of tokens lies over."""
-    rows, columns = layout.grid.height, layout.grid.width
-    image = rgb(image)
-    if padded:
-        return ImageOps.pad(image, (max(image.size),) * 2, color=(122, 116, 104))
-    width = min(image.width, round(image.height * columns / rows))
-    height = min(image.height, round(image.width * rows / columns))
-    return ImageOps.fit(image, (width, height))
+    lines = [[(place.x + x * wide, place.y + y * high) for x, y in line] for line in view.borders()]
+    panel.add_collection(LineCollection(lines, colors=_INK, linewidth=0.9, capstyle="projecting"))
+    frame = Rectangle((place.x, place.y), place.width, place.height, fill=False, linewidth=0.9, edgecolor=_FAINT)
+    panel.add_patch(frame)
 
 
 def _enlarged(cells: npt.NDArray[np.generic], shape: tuple[int, ...]) -> npt.NDArray[np.generic]:
