@@ -14,7 +14,6 @@ setup(
     packages=[
         *find_packages(str(ROOT), include=["tokenreduce", "tokenreduce.*"]),
         "tokenreduce_plugins",
-        *(f"tokenreduce_plugins.{name}" for name in find_packages(str(ROOT / "plugins"))),
         "tokenreduce_conf",
         *(f"tokenreduce_conf.{name}" for name in find_namespace_packages(str(ROOT / "conf"))),
     ],
