@@ -32,9 +32,9 @@ SETTINGS: dict[str, Any] = {"batch_size": 4, "max_new_tokens": 3, "prompt": "{qu
 @pytest.fixture
 def hashed(model: Any, processor: Any, cards: Any) -> Any:
     def hashed(**changes: Any) -> str:
+        backend = TransformersBackend(changes.pop("model", model), changes.pop("processor", processor))
         parts = {
-            "model": model,
-            "processor": processor,
+            "answering": backend.identity(),
             "benchmark": cards(),
             "reducer": create("random"),
             **SETTINGS,

@@ -13,8 +13,8 @@ from tokenreduce.attach import ImageReduction, StepReduction
 from tokenreduce.benchmarks.scenes import Scenes
 from tokenreduce.evaluation.records import Record
 from tokenreduce.reducer import Grid
+from tokenreduce.reporting.maps import TokenMap, token_maps
 from tokenreduce.reporting.pictures import draw_kept_tokens, faded
-from tokenreduce.reporting.views import View, views
 
 from .made_up import SIDE, dropping, pooling, record, tiled
 
@@ -24,14 +24,14 @@ def cell(pixels: np.ndarray, row: int, column: int) -> np.ndarray:
     return pixels[row * size : (row + 1) * size, column * size : (column + 1) * size].reshape(-1, 3)
 
 
-def view_of(steps: tuple[StepReduction, ...]) -> View:
-    (view,) = views(tiled(ImageReduction(Grid(SIDE, SIDE), steps)))
-    return view
+def map_of(steps: tuple[StepReduction, ...]) -> TokenMap:
+    (tokens,) = token_maps(tiled(ImageReduction(Grid(SIDE, SIDE), steps)))
+    return tokens
 
 
 def test_kept_tokens_look_as_they_were_and_dropped_ones_are_faded() -> None:
     image = Image.new("RGB", (96, 96), (200, 30, 30))
-    pixels = faded(image, view_of(dropping(range(12, 24))))
+    pixels = faded(image, map_of(dropping(range(12, 24))))
     assert np.allclose(cell(pixels, 1, 5), np.array([200, 30, 30]) / 255, atol=0.01)
     for row in (0, 2, 11):
         dropped = cell(pixels, row, 5)
@@ -40,18 +40,18 @@ def test_kept_tokens_look_as_they_were_and_dropped_ones_are_faded() -> None:
 
 
 def test_merged_tokens_share_their_groups_colour() -> None:
-    view = view_of(pooling())
-    assert view.kept.all()
-    assert view.groups is not None
-    assert len(np.unique(view.groups)) == 36
-    pixels = faded(Image.new("RGB", (96, 96), (100, 100, 100)), view)
+    tokens = map_of(pooling())
+    assert tokens.kept.all()
+    assert tokens.groups is not None
+    assert len(np.unique(tokens.groups)) == 36
+    pixels = faded(Image.new("RGB", (96, 96), (100, 100, 100)), tokens)
     assert np.allclose(cell(pixels, 0, 0), cell(pixels, 1, 1))
     assert not np.allclose(cell(pixels, 0, 0), cell(pixels, 0, 2))
 
 
 def test_plain_dropping_has_no_groups_and_no_steps_keep_all() -> None:
-    assert view_of(dropping(range(5))).groups is None
-    whole = view_of(())
+    assert map_of(dropping(range(5))).groups is None
+    whole = map_of(())
     assert whole.kept.all()
     assert whole.groups is None
 

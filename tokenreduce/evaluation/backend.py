@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from tokenreduce.attach import SampleReduction
-from tokenreduce.benchmarks.benchmark import Benchmark
 from tokenreduce.budget import Budget, Solution
 from tokenreduce.evaluation.costs import Cost
 from tokenreduce.evaluation.prompts import Prompt
@@ -56,10 +55,8 @@ class Backend(Protocol):
 class MeasuredBackend(Backend, Protocol):
     """A back end that a whole comparison can be made with: it is known by its hash, costed and timed."""
 
-    def identity(
-        self, benchmark: Benchmark, reducer: TokenReducer | Mapping[str, Any], **settings: Any
-    ) -> dict[str, Any]:
-        """Everything that answers depend on (:func:`tokenreduce.evaluation.identity.run_identity`)."""
+    def identity(self) -> dict[str, Any]:
+        """Everything of the model, and of what runs it, that answers depend on: ``model``, ``processor`` and more."""
 
     def solve(self, reducer: TokenReducer, budget: Budget, prompts: Sequence[Prompt]) -> Solution:
         """Hold a reducer to a budget, in the mean over ``prompts`` (:func:`tokenreduce.budget.solve`)."""

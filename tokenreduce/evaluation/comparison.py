@@ -18,7 +18,7 @@ from tokenreduce.benchmarks.benchmark import Benchmark
 from tokenreduce.budget import Budget, Solution
 from tokenreduce.evaluation.aggregation import Aggregation
 from tokenreduce.evaluation.backend import MeasuredBackend
-from tokenreduce.evaluation.identity import content_hash
+from tokenreduce.evaluation.identity import content_hash, run_identity
 from tokenreduce.evaluation.measurement import measure
 from tokenreduce.evaluation.methods import MatchedRandom, Method, Run, share
 from tokenreduce.evaluation.processes import Processes
@@ -195,7 +195,8 @@ class Comparer:
         return self._output / f"{REDUCERS.name_of(reducer)}-{content_hash(identity)}", identity
 
     def _identity(self, reducer: TokenReducer | Mapping[str, Any]) -> dict[str, Any]:
-        return self._backend.identity(
+        return run_identity(
+            self._backend.identity(),
             self._benchmark,
             reducer,
             batch_size=self._settings.batch_size,

@@ -24,8 +24,7 @@ _LIBRARIES = ("torch", "transformers", "tokenreduce")
 
 
 def run_identity(
-    model: PreTrainedModel,
-    processor: Any,
+    answering: Mapping[str, Any],
     benchmark: Benchmark,
     reducer: TokenReducer | Mapping[str, Any],
     *,
@@ -35,12 +34,12 @@ def run_identity(
 ) -> dict[str, Any]:
     """Everything that a run's answers depend on, as plain data.
 
+    ``answering`` is what a back end says of itself (:meth:`tokenreduce.evaluation.backend.MeasuredBackend.identity`).
     ``reducer`` is an instance, or a description where different samples get different ones.
     """
     identity = {
         "reducer": reducer_identity(reducer) if isinstance(reducer, TokenReducer) else dict(reducer),
-        "model": model_identity(model),
-        "processor": processor_identity(processor),
+        **answering,
         "benchmark": benchmark_identity(benchmark),
         "batch_size": batch_size,
         "max_new_tokens": max_new_tokens,

@@ -14,13 +14,12 @@ from transformers import PreTrainedModel
 
 from tokenreduce import flops
 from tokenreduce.attach import SampleReduction
-from tokenreduce.benchmarks.benchmark import Benchmark
 from tokenreduce.budget import Budget, Solution
 from tokenreduce.evaluation import clock, roofline
 from tokenreduce.evaluation.backend import Answer, Times
 from tokenreduce.evaluation.clock import attached
 from tokenreduce.evaluation.costs import prefill_cost, within_budget
-from tokenreduce.evaluation.identity import run_identity
+from tokenreduce.evaluation.identity import model_identity, processor_identity
 from tokenreduce.evaluation.prompts import Prompt
 from tokenreduce.evaluation.result import Limits, Roofline
 from tokenreduce.evaluation.vision_memory import VisionMemory
@@ -68,10 +67,8 @@ class TransformersBackend:
         self._room = CACHED_BYTES
         self._vision.forget()
 
-    def identity(
-        self, benchmark: Benchmark, reducer: TokenReducer | Mapping[str, Any], **settings: Any
-    ) -> dict[str, Any]:
-        return run_identity(self.model, self.processor, benchmark, reducer, **settings)
+    def identity(self) -> dict[str, Any]:
+        return {"model": model_identity(self.model), "processor": processor_identity(self.processor)}
 
     def solve(self, reducer: TokenReducer, budget: Budget, prompts: Sequence[Prompt]) -> Solution:
         return within_budget(self.model, reducer, budget, [self.inputs([prompt]) for prompt in prompts])

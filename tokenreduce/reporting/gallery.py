@@ -15,9 +15,9 @@ from tokenreduce.benchmarks.benchmark import Benchmark
 from tokenreduce.evaluation.records import Record
 from tokenreduce.registry import BENCHMARKS
 from tokenreduce.reporting.discovery import Comparison
+from tokenreduce.reporting.maps import Place, TokenMap, as_seen, image_of, sheet, spaced, token_maps
 from tokenreduce.reporting.pictures import sample_of
 from tokenreduce.reporting.study import Row, Study
-from tokenreduce.reporting.views import Place, View, as_seen, image_of, sheet, spaced, views
 
 _SIDE = 336
 """Pixels of a picture's longer side."""
@@ -27,7 +27,7 @@ _TINTS = 12
 
 @dataclass(frozen=True)
 class Layer:
-    """What is laid over one view of a picture: paths in units of tokens.
+    """What is laid over one tile of a picture: paths in units of tokens.
 
     dropped: tokens that are gone; edges: where what is kept, or merged, changes; tints: merged tokens by colour.
     """
@@ -55,7 +55,7 @@ class Kept:
 class Drawn:
     """A sample with what every method made of it.
 
-    picture: all its views side by side, as ``data:`` URI, or None where there is none; ratio: of height to width.
+    picture: all its tiles side by side, as ``data:`` URI, or None where there is none; ratio: of height to width.
     """
 
     record: Record
@@ -99,43 +99,43 @@ def gallery(study: Study, samples: Iterable[str]) -> list[Drawn]:
 def _drawn(study: Study, plain: Record, benchmark: Benchmark | None) -> Drawn:
     padded = bool(study.unreduced.comparison.config.get("model", {}).get("do_pad"))
     images = _images(benchmark, plain)
-    found = views(plain) or [View(np.ones((1, 1), dtype=bool), None)]
+    found = token_maps(plain) or [TokenMap(np.ones((1, 1), dtype=bool), None)]
     shown = spaced(len(found))
     under = [(found[place], image_of(images, place, len(found))) for place in shown]
-    seen = [as_seen(image, view, padded) for view, image in under if image is not None]
+    seen = [as_seen(image, tokens, padded) for tokens, image in under if image is not None]
     places, height = sheet(
-        [each.height / each.width for each in seen] or [view.rows / view.columns for view, _ in under]
+        [each.height / each.width for each in seen] or [tokens.rows / tokens.columns for tokens, _ in under]
     )
     kept = []
     for number, row in enumerate(study.rows[1:], 1):
         runs = row.comparison.records.get(row.key, ())
         record = runs[0].get(plain.id) if runs else None
-        if record is not None and record.error is None and len(cut := views(record)) == len(found):
+        if record is not None and record.error is None and len(cut := token_maps(record)) == len(found):
             layers = [_layer(cut[each], place) for each, place in zip(shown, places, strict=True)]
             kept.append(Kept(row, number, record, _right(record), layers))
     picture = _encoded(seen, places, height) if seen else None
     return Drawn(plain, _right(plain), picture, height, kept)
 
 
-def _layer(view: View, place: Place) -> Layer:
+def _layer(tokens: TokenMap, place: Place) -> Layer:
     tints: dict[int, list[str]] = {}
-    if view.groups is not None:
-        for (y, x), group in np.ndenumerate(view.groups):
+    if tokens.groups is not None:
+        for (y, x), group in np.ndenumerate(tokens.groups):
             if group >= 0:
                 tints.setdefault(int(group) % _TINTS, []).append(f"M{x} {y}h1v1h-1z")
     dropped = []
-    for y in range(view.rows):
+    for y in range(tokens.rows):
         x = 0
-        while x < view.columns:
+        while x < tokens.columns:
             start = x
-            while x < view.columns and not view.kept[y, x]:
+            while x < tokens.columns and not tokens.kept[y, x]:
                 x += 1
             if x > start:
                 dropped.append(f"M{start} {y}h{x - start}v1h-{x - start}z")
             x += 1
-    edges = "".join(f"M{x} {y}L{to_x} {to_y}" for (x, y), (to_x, to_y) in view.borders())
+    edges = "".join(f"M{x} {y}L{to_x} {to_y}" for (x, y), (to_x, to_y) in tokens.borders())
     tinted = {tint: "".join(cells) for tint, cells in tints.items()}
-    return Layer(place, view.columns, view.rows, "".join(dropped), edges, tinted)
+    return Layer(place, tokens.columns, tokens.rows, "".join(dropped), edges, tinted)
 
 
 def _right(record: Record) -> bool:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from tokenreduce.benchmarks.benchmark import Benchmark, Sample
 from tokenreduce.evaluation.records import Record
-from tokenreduce.reporting.views import Place, View, as_seen, image_of, sheet, spaced, views
+from tokenreduce.reporting.maps import Place, TokenMap, as_seen, image_of, sheet, spaced, token_maps
 
 KEPT_TOKENS = "figures/kept_tokens.png"
 """Where in a run's folder the picture stands."""
@@ -61,7 +61,7 @@ def draw_kept_tokens(
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     varies = len({record.entering for record, _ in shown}) > 1
     for panel, (record, images) in zip(panels, shown, strict=False):
-        _draw_views(panel, views(record), images, padded)
+        _draw_strip(panel, token_maps(record), images, padded)
         question = textwrap.fill(record.question, 36, max_lines=3, placeholder=" …")
         panel.set_title(question, fontsize=11, fontweight="bold", color=_INK, pad=8)
         lines = [("expected", textwrap.shorten(" / ".join(record.expected), 24, placeholder=" …"), _INK)]
@@ -78,15 +78,15 @@ def draw_kept_tokens(
     return True
 
 
-def faded(image: Image.Image, view: View) -> Pixels:
+def faded(image: Image.Image, tokens: TokenMap) -> Pixels:
     """``(height, width, 3)`` in [0, 1]: the image with dropped tokens faded to paper and merged groups tinted."""
     pixels = np.asarray(image.convert("RGB").resize((_PIXELS, _PIXELS), Image.Resampling.LANCZOS), dtype=float)
     grey = pixels.mean(axis=-1, keepdims=True)
     dropped = 0.16 * pixels + 0.12 * grey + 0.72 * _PAPER
-    mask = _enlarged(view.kept, pixels.shape)
+    mask = _enlarged(tokens.kept, pixels.shape)
     result = np.where(mask[..., None], pixels, dropped)
-    if view.groups is not None:
-        tints = colormaps["tab20"](view.groups % 20)[..., :3] * 255
+    if tokens.groups is not None:
+        tints = colormaps["tab20"](tokens.groups % 20)[..., :3] * 255
         tint = np.stack([_enlarged(tints[..., channel], pixels.shape) for channel in range(3)], axis=-1)
         result = np.where(mask[..., None], 0.74 * result + 0.26 * tint, result)
     return np.clip(result / 255, 0, 1)
@@ -98,7 +98,7 @@ def _examples(
     """One answered sample of each of the first images, going through the categories in turn."""
     by_image: dict[str, dict[str, Record]] = {}
     for record in records:
-        if record.error is None and views(record):
+        if record.error is None and token_maps(record):
             by_image.setdefault(record.image_id, {}).setdefault(record.category, record)
     order = list(dict.fromkeys(category for each in by_image.values() for category in each))
     shown: list[tuple[Record, Sequence[Image.Image]]] = []
@@ -116,17 +116,17 @@ def sample_of(record: Record) -> Sample:
     return Sample(record.id, record.question, record.expected, record.category, record.image_id)
 
 
-def _draw_views(panel: Axes, found: Sequence[View], images: Sequence[Image.Image], padded: bool) -> None:
+def _draw_strip(panel: Axes, found: Sequence[TokenMap], images: Sequence[Image.Image], padded: bool) -> None:
     """Pictures, or the frames of a video, as a strip."""
     shown = [(found[place], image_of(images, place, len(found))) for place in spaced(len(found))]
-    places, height = sheet([view.rows / view.columns for view, _ in shown])
-    for (view, image), place in zip(shown, places, strict=True):
+    places, height = sheet([tokens.rows / tokens.columns for tokens, _ in shown])
+    for (tokens, image), place in zip(shown, places, strict=True):
         if image is not None:
             extent = (place.x, place.x + place.width, place.y + place.height, place.y)
-            panel.imshow(faded(as_seen(image, view, padded), view), extent=extent, aspect="equal")
-        _outline(panel, view, place)
-        if view.time is not None:
-            label = panel.text(place.x, place.y, f"{view.time:.1f} s", ha="left", va="top", fontsize=6, color=_INK)
+            panel.imshow(faded(as_seen(image, tokens, padded), tokens), extent=extent, aspect="equal")
+        _outline(panel, tokens, place)
+        if tokens.time is not None:
+            label = panel.text(place.x, place.y, f"{tokens.time:.1f} s", ha="left", va="top", fontsize=6, color=_INK)
             label.set_bbox({"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1})
     margin = 0.06 / shown[0][0].columns
     panel.set_xlim(-margin, 1 + margin)
@@ -154,13 +154,13 @@ def _verdict(record: Record) -> tuple[str, str]:
     return f"{answer} {'✓' if right else '✗'}", _RIGHT if right else _WRONG
 
 
-def _outline(panel: Axes, view: View, place: Place) -> None:
+def _outline(panel: Axes, tokens: TokenMap, place: Place) -> None:
     """A line wherever what is kept, or what is merged with what, changes; faint cells inside."""
-    wide, high = place.width / view.columns, place.height / view.rows
-    if view.rows * view.columns <= _CELLS:
-        cells = [Rectangle((place.x + x * wide, place.y + y * high), wide, high) for y, x in np.argwhere(view.kept)]
+    wide, high = place.width / tokens.columns, place.height / tokens.rows
+    if tokens.rows * tokens.columns <= _CELLS:
+        cells = [Rectangle((place.x + x * wide, place.y + y * high), wide, high) for y, x in np.argwhere(tokens.kept)]
         panel.add_collection(PatchCollection(cells, facecolor="none", edgecolor=(1, 1, 1, 0.4), linewidth=0.35))
-    lines = [[(place.x + x * wide, place.y + y * high) for x, y in line] for line in view.borders()]
+    lines = [[(place.x + x * wide, place.y + y * high) for x, y in line] for line in tokens.borders()]
     panel.add_collection(LineCollection(lines, colors=_INK, linewidth=0.9, capstyle="projecting"))
     frame = Rectangle((place.x, place.y), place.width, place.height, fill=False, linewidth=0.9, edgecolor=_FAINT)
     panel.add_patch(frame)

@@ -15,9 +15,9 @@ from tokenreduce.evaluation.records import Record
 from tokenreduce.reducer import Grid
 from tokenreduce.reporting.discovery import Comparison
 from tokenreduce.reporting.gallery import gallery
+from tokenreduce.reporting.maps import Place, sheet, spaced, token_maps
 from tokenreduce.reporting.pictures import draw_kept_tokens
 from tokenreduce.reporting.study import studies
-from tokenreduce.reporting.views import Place, sheet, spaced, views
 
 from .made_up import SIDE, dropping, method, record, result, tiled
 
@@ -34,8 +34,8 @@ FRAMES = tuple(
 
 
 def test_a_row_of_several_frames_is_one_group_in_all_of_them() -> None:
-    first, second, third = views(tiled(*FRAMES))
-    assert [view.time for view in (first, second, third)] == [0.0, 0.5, 1.0]
+    first, second, third = token_maps(tiled(*FRAMES))
+    assert [tokens.time for tokens in (first, second, third)] == [0.0, 0.5, 1.0]
     assert first.groups is not None and second.groups is not None and third.groups is not None
     assert first.groups.tolist() == [[0, -1, 1]]
     assert second.groups.tolist() == [[1, -1, 2]], "the first frame's second row, and one that is no other frame's"
@@ -43,27 +43,37 @@ def test_a_row_of_several_frames_is_one_group_in_all_of_them() -> None:
     assert third.kept.tolist() == [[False, True, True]]
 
 
+def test_a_row_that_stands_for_no_token_is_a_group_as_well() -> None:
+    """Such as a class token: it is in no tile, and may take tokens of several."""
+    step = StepReduction("projector", index=(-1, 1), source=(0, 1), merged=True, into=(-1, 0))
+    other = StepReduction("projector", index=(), source=(0, -1), merged=True, into=(-1, -1))
+    first, second = token_maps(tiled(ImageReduction(Grid(1, 2), (step,)), ImageReduction(Grid(1, 2), (other,))))
+    assert first.groups is not None and second.groups is not None
+    assert first.groups.tolist() == [[2, 1]]
+    assert second.groups.tolist() == [[2, -1]]
+
+
 def test_frames_stand_in_the_order_of_time_and_pictures_in_theirs() -> None:
     late, early = replace(FRAMES[0], time=2.0, picture=1), replace(FRAMES[0], time=1.0, picture=1)
     other = ImageReduction(Grid(2, 3))
-    shown = views(tiled(late, other, early))
-    assert [(view.rows, view.time) for view in shown] == [(2, None), (1, 1.0), (1, 2.0)]
+    shown = token_maps(tiled(late, other, early))
+    assert [(tokens.rows, tokens.time) for tokens in shown] == [(2, None), (1, 1.0), (1, 2.0)]
 
 
-def test_of_a_picture_in_crops_the_tile_that_shows_all_of_it_is_a_view() -> None:
+def test_of_a_picture_in_crops_the_tile_that_shows_all_of_it_is_shown() -> None:
     whole = ImageReduction(Grid(SIDE, SIDE), dropping(range(4)), role="thumbnail")
     crop = replace(whole, role="crop", grid=Grid(SIDE, SIDE))
-    (view,) = views(tiled(crop, whole, crop))
-    assert view.kept.sum() == 4
-    assert views(tiled(crop)) == []
+    (tokens,) = token_maps(tiled(crop, whole, crop))
+    assert tokens.kept.sum() == 4
+    assert token_maps(tiled(crop)) == []
 
 
 def test_tokens_that_have_no_place_in_the_grid_are_not_shown() -> None:
-    assert views(tiled(ImageReduction(Grid(SIDE, SIDE), dropping(range(4)))))
-    assert not views(tiled(ImageReduction(Grid(SIDE, SIDE + 1), dropping(range(4)))))
+    assert token_maps(tiled(ImageReduction(Grid(SIDE, SIDE), dropping(range(4)))))
+    assert not token_maps(tiled(ImageReduction(Grid(SIDE, SIDE + 1), dropping(range(4)))))
 
 
-def test_views_stand_side_by_side_and_long_videos_are_sampled() -> None:
+def test_tiles_stand_side_by_side_and_long_videos_are_sampled() -> None:
     assert sheet([0.5]) == ([Place(0.0, 0.0, 1.0, 0.5)], 0.5)
     places, height = sheet([1.0] * 6)
     assert [place.x for place in places[:2]] == [place.x for place in places[4:]]

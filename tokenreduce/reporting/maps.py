@@ -19,14 +19,14 @@ _SHOWN = 8
 """At most so many frames are shown, evenly spaced."""
 _ABREAST = 4
 _GAP = 0.04
-"""Between views, in widths of one."""
+"""Between tiles, in widths of one."""
 
 Line = tuple[tuple[float, float], tuple[float, float]]
 
 
 @dataclass(frozen=True)
-class View:
-    """One tile of a sample.
+class TokenMap:
+    """What became of the tokens of one tile.
 
     kept:   ``(height, width)``, True for every token that something is left of.
     groups: ``(height, width)``, the row that every token went into, numbered over all tiles of the sample, -1 for a
@@ -56,7 +56,7 @@ class View:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a view stands on a sheet that is 1 wide."""
+    """Where a tile stands on a sheet that is 1 wide."""
 
     x: float
     y: float
@@ -64,7 +64,7 @@ class Place:
     height: float
 
 
-def views(record: Record) -> list[View]:
+def token_maps(record: Record) -> list[TokenMap]:
     """A sample's pictures in their order, its frames by time: as far as every token has a place in its grid.
 
     Of a picture that the model sees in crops only the tile that shows all of it is among them.
@@ -76,34 +76,34 @@ def views(record: Record) -> list[View]:
         (tile, rows) for tile, rows in zip(record.images, groups, strict=True) if not tile.part and _has_places(tile)
     ]
     return [
-        View(cells >= 0, cells if merged else None, tile.time)
+        TokenMap(cells >= 0, cells if merged else None, tile.time)
         for tile, rows in sorted(whole, key=lambda pair: (pair[0].picture, pair[0].time or 0.0))
         for cells in [rows.reshape(tile.grid.height, tile.grid.width)]
     ]
 
 
 def spaced(count: int) -> list[int]:
-    """The places of views that are shown among ``count``."""
+    """The places of tiles that are shown among ``count``."""
     return np.linspace(0, count - 1, min(count, _SHOWN)).round().astype(int).tolist()
 
 
-def image_of(images: Sequence[Image.Image], view: int, views: int) -> Image.Image | None:
-    """The image that a view lies over; a model may see a video in fewer frames than it has."""
-    return images[view * len(images) // views] if images else None
+def image_of(images: Sequence[Image.Image], place: int, count: int) -> Image.Image | None:
+    """The image below one of ``count`` tiles; a model may see a video in fewer frames than it has."""
+    return images[place * len(images) // count] if images else None
 
 
-def as_seen(image: Image.Image, view: View, padded: bool) -> Image.Image:
+def as_seen(image: Image.Image, tokens: TokenMap, padded: bool) -> Image.Image:
     """The part of an image that the grid of tokens lies over; ``padded`` where the model squares it by padding."""
     image = image.convert("RGB")
     if padded:
         return ImageOps.pad(image, (max(image.size),) * 2, color=(122, 116, 104))
-    width = min(image.width, round(image.height * view.columns / view.rows))
-    height = min(image.height, round(image.width * view.rows / view.columns))
+    width = min(image.width, round(image.height * tokens.columns / tokens.rows))
+    height = min(image.height, round(image.width * tokens.rows / tokens.columns))
     return ImageOps.fit(image, (width, height))
 
 
 def sheet(ratios: Sequence[float]) -> tuple[list[Place], float]:
-    """Places side by side for views of these ratios, height to width, and the height of all."""
+    """Places side by side for tiles of these ratios, height to width, and the height of all."""
     abreast = min(len(ratios), _ABREAST)
     width = 1 / (abreast + _GAP * (abreast - 1))
     places: list[Place] = []
@@ -119,7 +119,7 @@ def sheet(ratios: Sequence[float]) -> tuple[list[Place], float]:
 def _groups(tiles: Sequence[ImageReduction]) -> list[npt.NDArray[np.int64]]:
     """For every token of every tile the row that it went into, numbered over all tiles, -1 for a dropped one."""
     sources, targets = [], []
-    count = np.zeros(len(tiles), dtype=np.int64)
+    count = np.zeros(len(tiles) + 1, dtype=np.int64)  # the last one, which -1 means, is of rows that are in no tile
     for number, tile in enumerate(tiles):
         last = tile.steps[-1] if tile.steps else None
         source = np.asarray(range(len(tile.grid)) if last is None else last.source, dtype=np.int64)
