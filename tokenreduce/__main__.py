@@ -145,7 +145,7 @@ def _report(sweep: Path, runs: Sequence[Path], tracking: Tracking) -> None:
 
 
 _USERS_ERRORS = (ValueError, TypeError, OSError)
-"""What a user can mend, and is told in a few lines."""
+"""Errors that a user can mend: reported in a few lines."""
 
 
 def _wants_everything() -> bool:

@@ -166,7 +166,7 @@ def plain_console() -> Console:
 
 
 def tracking_of(config: DictConfig, sweep: Path | None) -> Tracking:
-    """Where a job is logged: all that belongs to a sweep's folder in one group, unless another is given."""
+    """Logging of a job: all that belongs to a sweep's folder is in one group, unless another is given."""
     tracking = Tracking(**_plain(config.tracking))
     return replace(tracking, group=sweep.name) if sweep and tracking.group is None else tracking
 

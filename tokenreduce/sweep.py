@@ -1,4 +1,4 @@
-"""What became of the jobs of a sweep.
+"""The outcomes of the jobs of a sweep.
 
 Each job leaves a file, since jobs may run in other processes, or on other machines.
 """
@@ -46,7 +46,7 @@ def outcomes_since(sweep: Path, before: Marks) -> list[Outcome]:
 
 
 def varied(outcomes: Sequence[Outcome]) -> dict[int, str]:
-    """What tells each job from the others, by its number."""
+    """The overrides that tell each job from the others, by its number."""
     common = set.intersection(*(set(outcome.overrides) for outcome in outcomes)) if len(outcomes) > 1 else set()
     return {
         outcome.number: " ".join(override for override in outcome.overrides if override not in common)

@@ -28,7 +28,7 @@ from tokenreduce.registry import BENCHMARKS
 
 
 class Aggregation:
-    """What the records of methods come to, over the samples that every one of them answered.
+    """The figures of methods by their records, over the samples that every one of them answered.
 
     ``paper_flops`` counts FLOPs of a prefill by its lengths, as papers do. Raises ``ValueError`` where there is no
     sample that every method answered.
@@ -53,7 +53,7 @@ class Aggregation:
             )
 
     def benchmark(self) -> BenchmarkResult:
-        """What was asked, and what could not be answered."""
+        """The samples that are compared, and those that could not be answered."""
         return BenchmarkResult(
             name=self._benchmark.title() or BENCHMARKS.name_of(self._benchmark),
             samples=len(self.answered),
@@ -136,7 +136,7 @@ class Aggregation:
         return spent / whole
 
     def _measures(self, key: str) -> dict[str, Measure]:
-        """What the benchmark computes of all answers together, and its difference to the unreduced model's."""
+        """The benchmark's own figures of all answers together, and their differences to the unreduced model's."""
 
         def of(method: Method, samples: Sequence[Sample]) -> dict[str, float]:
             answers = [[run.records[sample.id].answer or "" for sample in samples] for run in method.runs]

@@ -1,4 +1,4 @@
-"""What the evaluation asks of whatever answers prompts: transformers, a serving engine, or somebody else's loop."""
+"""The protocol of whatever answers prompts: transformers, a serving engine, or somebody else's loop."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Times:
-    """How long one method takes: until the first token of an answer is there, and for every further one."""
+    """The times of one method: until the first token of an answer is there, and for every further one."""
 
     time_to_first_token: FirstToken
     decode_per_token: Timed
@@ -49,7 +49,7 @@ class Backend(Protocol):
         """
 
     def forget(self) -> None:
-        """Drop whatever is kept of prompts that may come again."""
+        """Drop everything that is kept of prompts that may come again."""
 
 
 class MeasuredBackend(Backend, Protocol):
@@ -65,7 +65,7 @@ class MeasuredBackend(Backend, Protocol):
         """The FLOPs of a prefill by its length at every layer (:func:`tokenreduce.flops.paper_flops`)."""
 
     def limits(self) -> Limits:
-        """How fast the machine is, for this model."""
+        """Return the speeds of the machine, and what they mean for this model."""
 
     def roofline(self, llm_flops: float, kv_bytes: float) -> Roofline:
         """The least time that a prompt's prefill and a token after it can take."""

@@ -34,7 +34,7 @@ WARM_UP = 2
 
 
 PARTS = tuple(field.name for field in fields(Parts))
-"""What happens before the first token."""
+"""The parts of the time before the first token."""
 
 DECODED = 8
 """Tokens after the first one, over which the time of one is averaged."""

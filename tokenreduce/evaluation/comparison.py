@@ -101,7 +101,7 @@ class Comparer:
         return main.folder, read_result(main.folder)
 
     def finished(self, reducer: TokenReducer, budget: Budget | None = None) -> tuple[Path, Result] | None:
-        """What :meth:`compare` gave when it was done before with these very settings; None if it was not."""
+        """Return what :meth:`compare` returned for these very settings before; None if it has not been done."""
         solution = self._within(reducer, budget)
         folder, identity = self._place(reducer if solution is None else solution.reducer)
         try:

@@ -1,4 +1,4 @@
-"""What a reduction saves, in three currencies: tokens that enter the language model, layer mean, and prefill FLOPs.
+"""The cost of a prefill in three currencies: tokens that enter the language model, layer mean, and prefill FLOPs.
 
 All are summed from the lengths that the decoder layers really saw; :mod:`tokenreduce.flops` says what a FLOP is.
 """
@@ -82,7 +82,7 @@ def within_budget(model: PreTrainedModel, reducer: TokenReducer, budget: Budget,
 
 
 def layout(family: ModelFamily, inputs: Inputs) -> Layout:
-    """What a single prompt looks like before anything is computed."""
+    """The layout of a single prompt, known before anything is computed."""
     pictures = family.pictures(inputs)
     visual = sum(len(picture.tokens) for picture in pictures)
     return Layout(

@@ -1,4 +1,4 @@
-"""What makes two runs the same: everything that can change an answer, and nothing else.
+"""The identity of a run: everything that can change an answer, and nothing else.
 
 Not in it, on purpose: how many samples are taken (a shorter run is a prefix of a longer one), where results are
 written, how they are tracked, and how jobs are started.
@@ -116,7 +116,7 @@ def processor_identity(processor: Any) -> dict[str, Any]:
 
 
 def _tokenizer_content(tokenizer: Any) -> dict[str, Any]:
-    """What a tokenizer computes, less its padding and truncation, which every call sets anew."""
+    """A tokenizer's settings, less its padding and truncation, which every call sets anew."""
     content: dict[str, Any] = {"special": tokenizer.special_tokens_map}
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

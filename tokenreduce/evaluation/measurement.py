@@ -1,4 +1,4 @@
-"""What is measured on the machine at hand, of all methods side by side: times, and what they could be; peak memory."""
+"""Times, peak memory and the least possible times, measured on the machine at hand for all methods side by side."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tokenreduce.reducer import TokenReducer
 def measure(
     backend: MeasuredBackend, runner: Runner, methods: Mapping[str, Method], answered: Sequence[Sample], pairs: int
 ) -> dict[str, Measured]:
-    """What every method takes; each is timed ``pairs`` times, in turns with the others."""
+    """Measure every method; each is timed ``pairs`` times, in turns with the others."""
     # One question an image: as many different pictures as there are.
     timed = list({sample.image_id: sample for sample in reversed(answered)}.values())[::-1][:pairs]
     reducers = {key: [_reducer(key, method, sample) for sample in timed] for key, method in methods.items()}

@@ -14,7 +14,7 @@ from tokenreduce.reducer import TokenReducer
 from tokenreduce.registry import create
 
 Share = int | float | None
-"""What random selection keeps of a sample: a number of tokens of each image, a ratio of all, or None for all."""
+"""The part of a sample that is kept: a number of tokens of each image, a ratio of all tokens, or None for all."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class MatchedRandom:
 
 
 def share(record: Record) -> Share:
-    """What random selection has to keep of a sample to spend as much as was spent on it."""
+    """The share that random selection has to keep of a sample to spend as much as was spent on it."""
     total, mean = record.visual_tokens or 0, record.layer_mean or 0.0
     # What is dropped inside the language model costs until then: random selection gets the same mean over layers.
     kept = max(1, round(mean)) if mean else 0

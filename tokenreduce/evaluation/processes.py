@@ -22,7 +22,7 @@ import torch.distributed
 Part = TypeVar("Part")
 
 _PATIENCE = timedelta(days=7)
-"""How long one process waits for the others, who may be timing, or waiting for another job themselves."""
+"""The longest wait of one process for the others, who may be timing, or waiting for another job themselves."""
 
 
 class ProcessError(RuntimeError):
@@ -40,7 +40,7 @@ class Processes:
 
     @property
     def main(self) -> bool:
-        """Whether this is the one that prints, draws and writes what is written once."""
+        """True for the one that prints, draws and writes what is written once."""
         return self.index == 0
 
     def share(self, parts: Sequence[Part]) -> Sequence[Part]:

@@ -1,4 +1,4 @@
-"""How a long evaluation tells its caller where it stands."""
+"""Progress of a long evaluation, reported to whoever called it."""
 
 from __future__ import annotations
 

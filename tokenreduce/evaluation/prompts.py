@@ -12,12 +12,12 @@ from tokenreduce.benchmarks.benchmark import Benchmark, QuestionError, Sample
 from tokenreduce.benchmarks.images import rgb
 
 PLACE = "{question}"
-"""Where a prompt template takes the question."""
+"""The place of the question in a prompt template."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a model is asked about one sample.
+    """The question about one sample, as a model gets it.
 
     id:     stands for the text and the images: whatever is made of them may be kept under it.
     text:   the user's words; question: the part of them that a reducer is given which reads it.
@@ -31,7 +31,7 @@ class Prompt:
 
 
 class Prompts:
-    """The samples of a benchmark, and what a model is asked about them.
+    """The samples of a benchmark, and their prompts.
 
     ``template`` is the user's text, with ``{question}`` in it. Raises ``ValueError`` for one without. ``image_tokens``
     are words that stand for images to the model, so that no question may hold them.
@@ -55,7 +55,7 @@ class Prompts:
         return [self._samples[place] for place in range(start, stop)]
 
     def prompt(self, sample: Sample) -> Prompt:
-        """What a model is asked about a sample."""
+        """Return the prompt of a sample."""
         text = self._template.replace(PLACE, sample.question)
         return Prompt(sample.id, text, sample.question, partial(self.images, sample))
 

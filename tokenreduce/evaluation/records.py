@@ -22,7 +22,7 @@ SCHEMA = 2
 
 RECORDS = "records.jsonl"
 PARTS = "records.part-*.jsonl"
-"""What one of several processes has written and :func:`merge` has not yet put where it belongs."""
+"""Records of one of several processes that :func:`merge` has not put into the one file yet."""
 
 
 class StorageError(OSError):

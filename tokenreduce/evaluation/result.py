@@ -25,7 +25,7 @@ UNREDUCED, REDUCER, RANDOM = "unreduced", "reducer", "random"
 
 @dataclass(frozen=True)
 class Settings:
-    """How a comparison is run. ``limit`` takes the first samples only.
+    """The settings of a comparison. ``limit`` takes the first samples only.
 
     random_seeds: draws of the random baseline; 0 leaves it out.
     timing_pairs: how often each method is timed; 0 leaves times and memory out.
@@ -82,7 +82,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """What was asked.
+    """The questions that were asked.
 
     samples, images: how many every method answered, and of how many images they are. Only these are compared.
     categories:      the number of samples in each.
@@ -107,7 +107,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Limits(Machine):
-    """What a machine means for one model.
+    """A machine's speeds, and what they mean for one model.
 
     break_even_tokens: the length of a prompt whose prefill at batch 1 computes as long as it reads weights; a shorter
                        one is memory-bound.
@@ -156,7 +156,7 @@ class Timed(Spread):
 
 @dataclass(frozen=True)
 class Parts:
-    """Where the time to the first token goes: the vision tower and projector, what the reducer adds, and the rest."""
+    """The parts of the time to first token: vision tower and projector, what the reducer adds, and everything else."""
 
     vision: Spread
     selection: Spread
@@ -172,7 +172,7 @@ class FirstToken(Timed):
 
 @dataclass(frozen=True)
 class Measured:
-    """What is measured on the machine at hand, side by side for all methods; None where it was not.
+    """Measurements on the machine at hand, side by side for all methods; None where there is none.
 
     peak_memory: bytes while one batch is answered.
     """

@@ -1,4 +1,4 @@
-"""How fast the machine could be at best, and whether computing or reading then holds it up.
+"""The best possible speed of this machine, and whether computing or reading limits it.
 
 A language model reads its weights once for a whole prompt, and once again for every new token. Where computing takes
 less time than this, a shorter prompt cannot be faster (Williams et al. 2009, the roofline model).
@@ -59,7 +59,7 @@ def machine_of(device: torch.device, dtype: torch.dtype) -> Machine:
 
 
 def _weights(model: PreTrainedModel) -> list[Tensor]:
-    """What every forward call of the language model reads: its layers and its output layer."""
+    """The weights that every forward call of the language model reads: its layers and its output layer."""
     layers: Any = family_of(model, MODELS.usable()).decoder.layers
     return [*layers.parameters(), *model.get_output_embeddings().parameters()]
 

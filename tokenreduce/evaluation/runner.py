@@ -120,7 +120,7 @@ class Runner:
             return in_order(records, ids)
 
     def _missing(self, ids: Sequence[str], found: Container[str]) -> list[tuple[int, list[str]]]:
-        """Where each unfinished batch begins, and which of its samples have no record yet."""
+        """Each unfinished batch: where it begins, and which of its samples have no record yet."""
         batches = []
         for start in range(0, self.total, self.batch_size):
             wanted = [each for each in ids[start : start + self.batch_size] if each not in found]

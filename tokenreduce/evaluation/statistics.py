@@ -71,7 +71,7 @@ def difference(values: ArrayLike, others: ArrayLike, clusters: Sequence[str]) ->
 
 
 def difference_p_value(values: ArrayLike, others: ArrayLike, clusters: Sequence[str]) -> float | None:
-    """How likely a difference at least this large is if there is none: the test that :func:`difference` is the
+    """The probability of a difference at least this large if there is none: the test that :func:`difference` is the
     interval of. None of fewer than two images."""
     estimate = difference(values, others, clusters)
     if estimate is None or estimate.low is None:
@@ -112,7 +112,7 @@ class Changes:
 
 
 def changes(values: ArrayLike, others: ArrayLike) -> Changes:
-    """What ``values`` made of ``others``; a score of at least 0.5 is right."""
+    """Count the changes from ``others`` to ``values``; a score of at least 0.5 is right."""
     now, before = np.asarray(values, dtype=float) >= 0.5, np.asarray(others, dtype=float) >= 0.5
     lost, gained = int(np.sum(before & ~now)), int(np.sum(now & ~before))
     test = stats.binomtest(lost, lost + gained).pvalue if lost + gained else 1.0

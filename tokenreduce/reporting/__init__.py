@@ -1,4 +1,4 @@
-"""What a user sees of a run: progress, tables, pictures, Weights & Biases.
+"""Everything that a user sees of a run: progress, tables, pictures, Weights & Biases.
 
-Made from records, metrics and a benchmark's images, never from a model.
+Made from records, results and a benchmark's images, never from a model.
 """

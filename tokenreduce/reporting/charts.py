@@ -38,7 +38,7 @@ from tokenreduce.reporting.study import Row, Study, difference_in
 
 @dataclass(frozen=True)
 class Currency:
-    """What a method is paid for in: an axis of :func:`score_against`. ``value`` is relative to the unreduced model."""
+    """One cost of a method: an axis of :meth:`Painter.score_against`. ``value`` is relative to the unreduced model."""
 
     name: str
     tab: str
@@ -111,7 +111,7 @@ class Painter:
         return MARKERS[self._place[row.series] % len(MARKERS)] if row.is_method else "o"
 
     def series_id(self, row: Row) -> str:
-        """What the row's series is called in ids."""
+        """The name of the row's series in ids."""
         return f"s{self._place[row.series]}" if row.is_method else row.key
 
     def score_against(self, currency: Currency) -> Chart | None:
@@ -207,7 +207,7 @@ class Painter:
         return chart
 
     def categories(self) -> Chart | None:
-        """What every method costs in every category, as a heat map."""
+        """The loss of every method in every category, as a heat map."""
         rows, names = self._study.methods, self._study.categories
         if len(names) < 2:
             return None
@@ -267,7 +267,7 @@ class Painter:
         return chart
 
     def speed(self) -> Chart | None:
-        """What the FLOPs promise, and what the clock says."""
+        """Times as the FLOPs promise them, and as they were measured."""
         timed = [(row, times) for row in self._study.rows if (times := row.method.time_to_first_token)]
         rows = [row for row, _ in timed]
         if not any(row.is_method for row in rows):
@@ -354,7 +354,7 @@ class Painter:
             self._mark(chart, row, f"at-{len(chart.tips)}", parts, self.tip(row))
 
     def tip(self, row: Row) -> str:
-        """What a row's marks say when they are pointed at."""
+        """The text of a row's marks when they are pointed at."""
         method, visual = row.method, row.method.visual_tokens
         lines = [row.label, f"score {percent(method.score)} %"]
         if method.difference_to_unreduced is not None:

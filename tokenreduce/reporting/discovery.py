@@ -149,7 +149,7 @@ class _Reader:
 
 
 def _config(folder: Path) -> Mapping[str, Any]:
-    """What the run was started with, as far as it is known."""
+    """The configuration that the run was started with, as far as it is known."""
     try:
         content = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError):

@@ -1,4 +1,4 @@
-"""How the report's figures look, and the parts that they are put together from.
+"""The style of the report's figures, and the parts that they are put together from.
 
 Names stand beside what they name, lines are quiet, and what belongs to a row or a series of a study carries its number
 as its id in SVG: by that the page filters it and tells its values.

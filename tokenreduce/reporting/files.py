@@ -14,7 +14,7 @@ from tokenreduce.reporting.formatting import percent
 from tokenreduce.reporting.study import Study, score_in
 
 PAGE, RESULTS, CATEGORIES, MARKDOWN, FIGURES = "index.html", "results.csv", "categories.csv", "report.md", "figures"
-"""What a report's folder holds."""
+"""The files of a report's folder."""
 
 
 def write_tables(studies: Sequence[Study], output: Path, title: str) -> None:

@@ -1,4 +1,4 @@
-"""What a study shows, in sentences that claim no more than its intervals do."""
+"""The findings of a study, in sentences that claim no more than its intervals do."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def findings(study: Study) -> list[str]:
 
 
 def faster(study: Study) -> str:
-    """Whether reducing tokens made the first token come earlier, where that was measured."""
+    """Say how many methods reach the first token earlier, where that was measured."""
     timed = [(row, taken) for row in study.methods if (taken := first_token_ratio(row))]
     if not timed:
         return ""
@@ -38,7 +38,7 @@ def faster(study: Study) -> str:
 
 
 def bound(study: Study) -> str:
-    """Whether the machine waits for memory at these lengths, where it was measured: then fewer tokens save no time."""
+    """Say where the machine waits for memory, if that was measured: there fewer tokens save no time."""
     machine = study.unreduced.comparison.result.machine
     bounds = [row.method.roofline for row in study.rows if row.method.roofline is not None]
     if machine is None or not bounds:
@@ -66,7 +66,7 @@ def _best(study: Study, budget: int, words: str) -> str:
 
 
 def _chance(study: Study) -> str:
-    """How many methods choose better than chance does."""
+    """Say how many methods choose better than chance does."""
     tested = [row for row in study.methods if row.p_random is not None]
     if not tested:
         return ""

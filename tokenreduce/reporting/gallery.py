@@ -1,4 +1,4 @@
-"""What every method kept of the same pictures, side by side, in SVG that is laid over the picture."""
+"""The tokens that every method kept of the same pictures, side by side, in SVG that is laid over the picture."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _TINTS = 12
 
 @dataclass(frozen=True)
 class Layer:
-    """What is laid over one tile of a picture: paths in units of tokens.
+    """Paths that are laid over one tile of a picture, in units of tokens.
 
     dropped: tokens that are gone; edges: where what is kept, or merged, changes; tints: merged tokens by colour.
     """
@@ -66,7 +66,7 @@ class Drawn:
 
     @property
     def budgets(self) -> dict[int, list[Kept]]:
-        """What was kept, by budget."""
+        """The methods' answers by budget."""
         found: dict[int, list[Kept]] = {}
         for each in sorted(self.kept, key=lambda each: (not each.row.is_method, each.row.series)):
             found.setdefault(each.row.budget, []).append(each)

@@ -81,7 +81,7 @@ def _chosen(records: Iterable[Record], samples: Sequence[str] | None) -> Sequenc
 
 @dataclass(frozen=True)
 class _Look:
-    """What a row is filtered and coloured by, and its score as it is drawn."""
+    """The series and colour of a row, and its score as it is drawn."""
 
     series: str
     color: str

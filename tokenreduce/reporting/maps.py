@@ -1,4 +1,4 @@
-"""What pictures show of a sample: its tiles that are whole pictures or frames, side by side, and what became of tokens.
+"""Maps of a sample's tokens for pictures: which were kept and merged, in every whole picture and frame, side by side.
 
 A row that was merged out of several tiles is one group in all of them.
 """
@@ -26,7 +26,7 @@ Line = tuple[tuple[float, float], tuple[float, float]]
 
 @dataclass(frozen=True)
 class TokenMap:
-    """What became of the tokens of one tile.
+    """The tokens of one tile after all steps.
 
     kept:   ``(height, width)``, True for every token that something is left of.
     groups: ``(height, width)``, the row that every token went into, numbered over all tiles of the sample, -1 for a
@@ -56,7 +56,7 @@ class TokenMap:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tile stands on a sheet that is 1 wide."""
+    """The place of a tile on a sheet that is 1 wide."""
 
     x: float
     y: float

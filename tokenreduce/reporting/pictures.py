@@ -21,7 +21,7 @@ from tokenreduce.evaluation.records import Record
 from tokenreduce.reporting.maps import Place, TokenMap, as_seen, image_of, sheet, spaced, token_maps
 
 KEPT_TOKENS = "figures/kept_tokens.png"
-"""Where in a run's folder the picture stands."""
+"""The picture's place in a run's folder."""
 
 _PIXELS = 480
 _COLUMNS = 3

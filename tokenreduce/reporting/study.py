@@ -70,7 +70,7 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class Study:
-    """What was asked of which model, and one row a method: the unreduced one, then by budget, the best first."""
+    """One benchmark on one model, with a row a method: the unreduced one, then by budget, the best first."""
 
     benchmark: str
     model: str
@@ -261,7 +261,7 @@ def _model(comparison: Comparison) -> str:
 
 
 def _notes(comparisons: Sequence[Comparison]) -> list[str]:
-    """What a reader of the table must know about the samples behind it."""
+    """Notes on the samples behind the table that its reader must know."""
     counts = sorted({comparison.result.benchmark.samples for comparison in comparisons})
     notes = []
     if len(counts) > 1:

@@ -92,7 +92,7 @@ def categories(result: Result) -> Table:
 
 
 def measures(result: Result) -> list[Table]:
-    """What the benchmark computes of all answers together, in its own units; no table where it computes nothing."""
+    """The benchmark's own figures of all answers together, in its own units; no table where it has none."""
     if not result.unreduced.measures:
         return []
     table = _table(result.benchmark.name)
@@ -104,7 +104,7 @@ def measures(result: Result) -> list[Table]:
 
 
 def costs(result: Result) -> Table:
-    """What every method spends inside the language model, and where its time goes."""
+    """The cost of every method inside the language model, and the parts of its time."""
     table = _table("mean cost, median time")
     for name, unit in (
         ("layer mean", "tokens"),
@@ -122,7 +122,7 @@ def costs(result: Result) -> Table:
 
 
 def footnote(result: Result) -> Text:
-    """What the figures are about."""
+    """Notes on the figures: benchmark, budget, seeds, samples left out, and the machine."""
     benchmark = result.benchmark
     lines = [
         f"{benchmark.name}: {benchmark.samples} questions about {benchmark.images} images; "
@@ -157,7 +157,7 @@ def _time(times: Timed | None) -> str:
 
 
 def _speed_limits(result: Result) -> list[str]:
-    """Why fewer tokens save time on this machine, or do not."""
+    """The reasons why fewer tokens save time on this machine, or do not."""
     machine, unreduced = result.machine, result.unreduced
     if machine is None:
         return []

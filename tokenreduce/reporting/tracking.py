@@ -43,7 +43,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Tracking:
-    """Where a run is logged; see conf/tracking."""
+    """The settings of logging; see conf/tracking."""
 
     enabled: bool = True
     project: str = "tokenreduce"
@@ -217,7 +217,7 @@ def _number(cell: str) -> float | str | None:
 
 
 def _logged_in(wandb: Any) -> bool:
-    """Whether wandb would find credentials by itself, without asking and without the network."""
+    """True if wandb would find credentials by itself, without asking and without the network."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = urlsplit(wandb.setup().settings.base_url).hostname or ""
