@@ -80,11 +80,10 @@ class SampleReduction:
     lengths: tuple[int, ...]
 
 
-@dataclass
+@dataclass(eq=False)
 class Carried:
     """What one selection carried to the next step of the same member of a chain."""
 
-    member: int
     value: Any
 
 
@@ -99,7 +98,8 @@ class Track:
     entered: ``(k,)`` long, the rows' places among its tokens that entered; total: how many did.
     arrival: ``(total,)`` long, those tokens' places among the sample's, None where tiles follow one another.
     sizes:   ``(k,)``, how many tokens were merged into each row; None while that counts for nothing.
-    values:  ``(k, ...)``, what follows the rows by the method's wish.
+    values:  by the member of a chain ``(k, ...)``, what follows the rows by its wish.
+    carried: by the member of a chain what its last selection carried.
     merged:  True if the last step made rows that are other than their tokens.
     """
 
@@ -111,8 +111,8 @@ class Track:
     total: int
     arrival: Tensor | None = None
     sizes: Tensor | None = None
-    values: Tensor | None = None
-    carried: Carried | None = None
+    values: dict[int, Tensor] = field(default_factory=dict)
+    carried: dict[int, Carried] = field(default_factory=dict)
     merged: bool = False
     steps: list[StepReduction] = field(default_factory=list)
 
@@ -144,7 +144,8 @@ class Track:
 
     def copy(self) -> Track:
         """The same state, to go another way from here."""
-        return Track(**{**vars(self), "steps": list(self.steps)})
+        own = {"values": dict(self.values), "carried": dict(self.carried), "steps": list(self.steps)}
+        return Track(**{**vars(self), **own})
 
 
 class Journey:
@@ -295,7 +296,7 @@ class Group:
             index=self._index().to(device),
             tile=owner[self.order[:, 0]].to(device),
             place=self.gathered([track.place for track in self.tracks]).to(device),
-            values=self._values(),
+            values=self._values(step.member),
             signals=signals,
             fingerprint=fingerprint,
             carried=self._carried(step.member),
@@ -309,22 +310,19 @@ class Group:
         arrivals = [track.arrival for track in self.tracks if track.arrival is not None]
         return torch.cat(arrivals).argsort().argsort()[places] if arrivals else places
 
-    def _values(self) -> Tensor | None:
-        given = [track.values for track in self.tracks if track.values is not None]
+    def _values(self, member: int) -> Tensor | None:
+        given = [track.values[member] for track in self.tracks if member in track.values]
         if not given:
             return None
+        none = given[0].new_zeros(1, *given[0].shape[1:])
         return self.gathered(
-            [
-                given[0].new_zeros(len(track), *given[0].shape[1:]) if track.values is None else track.values
-                for track in self.tracks
-            ]
+            [track.values.get(member, none.expand(len(track), *none.shape[1:])) for track in self.tracks]
         )
 
     def _carried(self, member: int) -> Any:
         """What earlier selections carried: the only one's, or a list of what those of several did."""
-        given = [track.carried for track in self.tracks if track.carried is not None]
-        distinct = [one for place, one in enumerate(given) if all(one is not other for other in given[:place])]
-        values = [one.value for one in distinct if one.member == member]
+        given = dict.fromkeys(track.carried[member] for track in self.tracks if member in track.carried)
+        values = [one.value for one in given]
         if all(value is None for value in values):
             return None
         return values[0] if len(values) == 1 else values
@@ -339,17 +337,16 @@ class Group:
             order[rows, 1] = torch.arange(len(rows))
         numbers = torch.tensor([one.number for one in self.tracks])
         self.journey.moved(self, source, numbers[track], order[:, 1])
-        carried, chosen = Carried(step.member, selection.carry), []
+        carried, chosen = Carried(selection.carry), []
         for one, rows in zip(self.tracks, own, strict=True):
             before = torch.where(index[rows] < 0, -1, self.order[index[rows].clamp(min=0), 1]) if len(self) else rows
             one.token, one.place = followed(one.token, before), followed(one.place, before)
             one.entered = followed(one.entered, before)
             one.sizes = None if selection.size is None else selection.size[rows.to(selection.size.device)]
+            one.values = {member: followed(values, before, 0) for member, values in one.values.items()}
             if selection.values is not None:
-                one.values = selection.values[rows.to(selection.values.device)]
-            elif one.values is not None:
-                one.values = followed(one.values, before, 0)
-            one.carried, one.merged = carried, selection.features is not None
+                one.values[step.member] = selection.values[rows.to(selection.values.device)]
+            one.carried[step.member], one.merged = carried, selection.features is not None
             chosen.append(before)
         self.order = order
         return Taken(selection, chosen, own)
@@ -394,6 +391,7 @@ class Strand:
         that are in no group stay as they are.
         """
         changed, rows, order = [self.slots[:0]], [], [self.order[:0]]
+        others = torch.ones_like(self.slots, dtype=torch.bool)
         for tracks in scoped(scope, self.journey.tracks):
             places = torch.tensor([place for place, track in enumerate(self.journey.tracks) if track in tracks])
             here = torch.isin(self.order[:, 0], places)
@@ -405,10 +403,10 @@ class Strand:
             changed.append(slots[taken.selection.index.cpu().sort().values])
             order.append(torch.stack([places[group.order[:, 0]], group.order[:, 1]], dim=1))
             rows.append(left)
-            self.order, self.slots = self.order[~here], self.slots[~here]
+            others &= ~here
         together = torch.cat(changed)
-        self.slots, by_slot = torch.cat([together, self.slots]).sort()
-        self.order = torch.cat([*order, self.order])[by_slot]
+        self.slots, by_slot = torch.cat([together, self.slots[others]]).sort()
+        self.order = torch.cat([*order, self.order[others]])[by_slot]
         return together, rows
 
 
@@ -453,7 +451,7 @@ def followed(rows: Tensor, chosen: Tensor, instead: int = -1) -> Tensor:
     if not len(rows):
         return rows.new_full((len(chosen), *rows.shape[1:]), instead)
     missing = (chosen < 0).view(-1, *[1] * (rows.ndim - 1))
-    return torch.where(missing, instead, rows[chosen.clamp(min=0)])
+    return rows[chosen.clamp(min=0)].masked_fill(missing, instead)
 
 
 def checked(reducer: TokenReducer, step: Step, tokens: VisualTokens) -> Selection:

@@ -80,8 +80,13 @@ class Scene:
 class View(Protocol):
     """What a site shows of the model's present state. What it cannot show raises :class:`Unseen`."""
 
-    scene: Scene
-    geometry: Geometry
+    @property
+    def scene(self) -> Scene:
+        """What the value is about."""
+
+    @property
+    def geometry(self) -> Geometry:
+        """The model's."""
 
     def encoder_attention(self, layer: Layer) -> Attention:
         """A tile's view on the attention of a layer of the vision encoder."""

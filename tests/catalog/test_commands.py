@@ -86,7 +86,10 @@ def test_show_tells_which_knobs_have_to_be_given(run: Run) -> None:
 
 @pytest.mark.parametrize("name", ["llava", "scenes"])
 def test_show_knows_models_and_benchmarks(run: Run, name: str) -> None:
-    assert run("show", name).out.startswith(f"{name}: a ")
+    shown = run("show", name).out
+    assert shown.startswith(f"{name}: a ")
+    sites = "sites    input, inside the encoder, encoder output, projector, language model"
+    assert (sites in shown) == (name == "llava")
 
 
 def test_a_name_that_nobody_has_is_told_with_the_near_one(run: Run) -> None:

@@ -166,7 +166,8 @@ def spied(family: ModelFamily, modality: Any) -> Iterator[tuple[list[Tensor], li
             weights.append(result)
         return result
 
-    attention, layer = family.encoder_attention(modality)[LAYER], family.encoder_layers(modality)[LAYER]
+    attention = family.encoder_attention(modality)[family.attention_layer(LAYER)]
+    layer = family.encoder_layers(modality)[LAYER]
     hooks = [
         attention.register_forward_pre_hook(lambda *_: inside.append(True)),
         attention.register_forward_hook(lambda *_: inside.clear()),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tokenreduce.attach import caches, refusals
+from tokenreduce.attach import caches, refusals, sites
 from tokenreduce.attach.call import Call
 from tokenreduce.attach.encoding import Tower, begin, enter
 from tokenreduce.attach.generation import translated
@@ -21,13 +21,11 @@ from tokenreduce.attach.hooks import replaced
 from tokenreduce.attach.input import takes_pictures_away
 from tokenreduce.attach.prompt import Prompt, closed_up, shorten
 from tokenreduce.attach.site import Site
-from tokenreduce.attach.sites import SITES
 from tokenreduce.attach.views import Watched, unseen
 from tokenreduce.models.family import ModelFamily, family_of
 from tokenreduce.passage import SampleReduction
 from tokenreduce.reducer import TokenReducer
 from tokenreduce.registry import MODELS, create
-from tokenreduce.signals import Unseen
 from tokenreduce.stopwatch import part
 
 _attached: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
@@ -87,7 +85,7 @@ class Attachment:
         self.reducer, self.question, self.processor = reducer, question, processor
         self.steps = list(reducer.steps(family.geometry))
         self._refuse_what_cannot_be_hosted()
-        by_kind = [(kind, [step for step in self.steps if type(step) is kind.kind]) for kind in SITES]
+        by_kind = [(kind, [step for step in self.steps if type(step) is kind.kind]) for kind in sites.SITES]
         self.sites: list[Site] = [kind(self, own) for kind, own in by_kind if own]
         before = [step for step in self.steps if step.decoder_layer(family.geometry) is None]
         self._compact = not before or reducer.positions_after(before[-1]) == "compact"
@@ -112,9 +110,10 @@ class Attachment:
 
     @property
     def drops_only(self) -> bool:
-        """True if the last call dropped tokens at the projector and merged or resized nothing."""
-        steps = [step for sample in self.samples for image in sample.images for step in image.steps]
-        return all(step.site == "projector" and not step.merged for step in steps)
+        """True if the last call dropped tokens between the vision encoder and the language model alone, and merged
+        nothing."""
+        done = [step for sample in self.samples for image in sample.images for step in image.steps]
+        return all(step.behind_encoder for step in self.steps) and not any(step.merged for step in done)
 
     def visual(self, input_ids: Tensor) -> Tensor:
         """Where visual tokens stand, bool as ``input_ids``."""
@@ -127,7 +126,7 @@ class Attachment:
             for signal in step.sees:
                 try:
                     signal.watch(watched)
-                except Unseen as error:
+                except ValueError as error:  # Unseen, or a layer that does not exist
                     raise unseen(self.reducer, step, signal, self.family, error) from error
         return watched
 
@@ -374,7 +373,7 @@ class Attachment:
 
     def _refuse_what_cannot_be_hosted(self) -> None:
         name, family = type(self.reducer).__name__, type(self.family).__name__
-        kinds = {kind.kind: kind for kind in SITES}
+        kinds = {kind.kind: kind for kind in sites.SITES}
         for step in self.steps:
             if type(step) not in kinds:
                 raise ValueError(f"{name} acts {type(step).__name__}, and there is no such site")

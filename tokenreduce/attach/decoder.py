@@ -101,6 +101,7 @@ class DecoderSite(Site):
 
     kind = AtDecoder
     label = "decoder layer"
+    name = "language model"
     watched = DecoderWatched
     before = False
 
@@ -111,6 +112,10 @@ class DecoderSite(Site):
         for step in steps:
             self.by_layer.setdefault(step.decoder_layer(self.family.geometry), []).append(step)
         self._watched = [self.stack.attention(layer) for layer in sorted(attachment.watched(self).attention)]
+
+    @classmethod
+    def keeping(cls) -> AtDecoder:
+        return AtDecoder(layer=0.5, keep=1.0)
 
     @classmethod
     def refusal(cls, step: Any, family: ModelFamily) -> str | None:
@@ -214,11 +219,13 @@ class DecoderSite(Site):
         for place, strand in enumerate(prefill.strands):
 
             def choose(group: Group, slots: Tensor, place: int = place) -> tuple[Taken, Tensor]:
-                view = sight(place, group, slots)
+                tiles = [(each, track) for each, track in enumerate(group.tracks) if track.number >= 0]
+                whole = sight(place, [track for _, track in tiles], slots)
+                single = any(not signal.joint for signal in step.sees)
+                views = [sight(place, [track], slots[group.order[:, 0] == each]) for each, track in tiles if single]
                 states = hidden[place, slots.to(hidden.device)]
-                signals = shown(self.reducer, step, [view])
-                geometry, seed = self.family.geometry, partial(call.fingerprint, view.row, view.numbers)
-                taken = group.select(self.reducer, step, states, geometry, signals, seed)
+                geometry, seed = self.family.geometry, partial(call.fingerprint, whole.row, whole.numbers)
+                taken = group.select(self.reducer, step, states, geometry, shown(self, step, views, whole), seed)
                 return taken, taken.rows(states)
 
             stays = valid[place].clone()

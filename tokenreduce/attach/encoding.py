@@ -159,7 +159,7 @@ class Tower:
         self.hidden = hidden
         self._one_by_one = one_by_one
         self.attention = {
-            (modality, layer): family.encoder_attention(modality)[layer]
+            (modality, layer): family.encoder_attention(modality)[family.attention_layer(layer)]
             for modality in (family.placeholders if attention else ())
             for layer in attention
         }

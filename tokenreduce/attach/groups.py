@@ -12,7 +12,7 @@ from torch.nn.functional import one_hot
 from tokenreduce.attach.call import Call
 from tokenreduce.attach.encoding import ReducedTile
 from tokenreduce.attach.site import Site
-from tokenreduce.attach.views import Sight, TowerSight, shown
+from tokenreduce.attach.views import JointSight, TowerSight, shown
 from tokenreduce.passage import Group, Taken, followed, scoped
 from tokenreduce.reducer import Step
 from tokenreduce.stopwatch import part
@@ -34,10 +34,9 @@ def selected(
             numbers = [place[id(track)] for track in tracks]
             group = Group(journey, tracks)
             levels = [torch.cat(level) for level in zip(*(left[number] for number in numbers), strict=True)]
-            views = [TowerSight(call, row, tiles[number]) for number in numbers]
-            signals = shown(site.reducer, step, views, partial(Sight, call, row, [track.number for track in tracks]))
-            fingerprint = partial(call.fingerprint, row, [track.number for track in tracks])
-            taken = group.select(site.reducer, step, levels[0], site.family.geometry, signals, fingerprint)
+            views, whole = [TowerSight(call, row, tiles[number]) for number in numbers], JointSight(call, row, tracks)
+            signals, seed = shown(site, step, views, whole), partial(call.fingerprint, row, whole.numbers)
+            taken = group.select(site.reducer, step, levels[0], site.family.geometry, signals, seed)
             split = [taken.split(level) for level in _followed(taken, levels)]
             for number, rows, before in zip(numbers, zip(*split, strict=True), taken.chosen, strict=True):
                 left[number] = rows
@@ -63,19 +62,20 @@ def _followed(taken: Taken, levels: Sequence[Tensor]) -> Levels:
 
 def _lasting(call: Call, step: Step, row: int, group: Group) -> None:
     """Let the order of the method last to the prompt, if it has one; of a later step without one it does not."""
-    numbers = torch.tensor([track.number for track in group.tracks])[group.order[:, 0]]
-    first = 0
+    acted = torch.tensor([track.number for track in group.tracks])
+    numbers, first = acted[group.order[:, 0]], 0
     for number, _ in call.rows[row]:
         picture = call.pictures[number]
-        own = (numbers >= first) & (numbers < first + len(picture.tiles))
-        if bool(own.any()):
+        end = first + len(picture.tiles)
+        if bool(((acted >= first) & (acted < end)).any()):
+            own = (numbers >= first) & (numbers < end)
             order = torch.stack([numbers[own] - first, group.order[own, 1]], dim=1)
             if not step.ordered:
                 picture.order = None
             elif step.scope == "tile":
-                before = picture.order[picture.order[:, 0] != order[0, 0]] if picture.order is not None else order[:0]
-                together = torch.cat([before, order])
+                before = order[:0] if picture.order is None else picture.order
+                together = torch.cat([before[before[:, 0] != acted[0] - first], order])
                 picture.order = together[together[:, 0].argsort(stable=True)]
             else:
                 picture.order = order
-        first += len(picture.tiles)
+        first = end

@@ -17,7 +17,7 @@ class InputSite(Site):
     """Every picture becomes the grid of tokens that the method's count allows, or nothing."""
 
     kind = AtInput
-    label = "input"
+    label = name = "input"
 
     @classmethod
     def refusal(cls, step: Any, family: ModelFamily) -> str | None:

@@ -23,7 +23,7 @@ class OutputSite(Site):
     """What comes out of the encoder is chosen from before the projector sees it."""
 
     kind = AtEncoderOutput
-    label = "encoder output"
+    label = name = "encoder output"
 
     @classmethod
     def refusal(cls, step: Any, family: ModelFamily) -> str | None:

@@ -12,7 +12,7 @@ class ProjectorSite(Site):
     """What the projector gave is chosen from; what deeper layers of the tower add goes where its tokens go."""
 
     kind = AtProjector
-    label = "projector"
+    label = name = "projector"
 
     def behind_projector(self, call: Call) -> None:
         for step in self.steps:

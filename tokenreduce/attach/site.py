@@ -20,13 +20,14 @@ if TYPE_CHECKING:
 class Site:
     """The steps of one reducer at one kind of place, for as long as it is attached.
 
-    kind:    the steps that act there; label: what records call it.
+    kind:    the steps that act there; label: what records call it; name: what tables call it.
     watched: the kind of :class:`Watched` that tells what signals can be shown there.
     before:  True if it acts before the language model; one_by_one: True if pictures must go through the tower singly.
     """
 
     kind: ClassVar[type[Step]]
     label: ClassVar[str]
+    name: ClassVar[str]
     watched: ClassVar[type[Watched]] = TowerWatched
     before: ClassVar[bool] = True
     one_by_one: ClassVar[bool] = False
@@ -34,6 +35,11 @@ class Site:
     def __init__(self, attachment: Attachment, steps: Sequence[Any]) -> None:
         self.attachment, self.steps = attachment, steps
         self.reducer, self.family = attachment.reducer, attachment.family
+
+    @classmethod
+    def keeping(cls) -> Step | None:
+        """A step there that keeps all tokens, to check models by; None where there are no tokens yet."""
+        return None if cls.kind.resizes else cls.kind(keep=1.0)
 
     @classmethod
     def refusal(cls, step: Any, family: ModelFamily) -> str | None:

@@ -30,7 +30,12 @@ class TowerSite(Site):
 
     kind = AtEncoder
     label = "encoder layer"
+    name = "inside the encoder"
     one_by_one = True
+
+    @classmethod
+    def keeping(cls) -> AtEncoder:
+        return AtEncoder(layer=0.5, keep=1.0)
 
     @classmethod
     def refusal(cls, step: Any, family: ModelFamily) -> str | None:
@@ -122,7 +127,8 @@ class TowerSite(Site):
             if step.where != where:
                 continue
             group, features = Group(tile.journey, [tile.track]), hidden[0, class_token:]
-            signals = shown(self.reducer, step, [TowerSight(call, picture.row, tile)])
+            view = TowerSight(call, picture.row, tile)
+            signals = shown(self, step, [view], view)
             fingerprint = partial(call.fingerprint, picture.row, [tile.track.number])
             taken = group.select(self.reducer, step, features, self.family.geometry, signals, fingerprint)
             tile.journey.note(f"{self.label} {number}", [tile.track])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,13 +16,14 @@ from tokenreduce.attach.call import Call
 from tokenreduce.attach.clip import clip_space
 from tokenreduce.models.family import ModelFamily
 from tokenreduce.models.stack import DecoderStack
-from tokenreduce.passage import Group
+from tokenreduce.passage import Track
 from tokenreduce.reducer import Layer, Step, TokenReducer
 from tokenreduce.signals import Attention, Clip, Scene, Signal, Unseen
 
 if TYPE_CHECKING:
     from tokenreduce.attach.decoder import Prefill
     from tokenreduce.attach.encoding import ReducedTile
+    from tokenreduce.attach.site import Site
 
 INSIDE = "the language model has not run yet"
 BEFORE = "the vision encoder has run by then"
@@ -66,7 +69,13 @@ class TowerWatched(Watched):
     """What is watched in the vision tower."""
 
     def encoder_attention(self, layer: Layer) -> None:
-        self.attention.add(self.geometry.encoder_layer(layer))
+        asked = self.geometry.encoder_layer(layer)
+        self.attention.add(asked)
+        if (shown := self.family.attention_layer(asked)) != asked:
+            _say(
+                f"the attention of encoder layer {asked} of {type(self.family).__name__} models does not reach over a "
+                f"whole tile: that of layer {shown} stands in for it"
+            )
 
     def encoder_hidden(self, layer: Layer) -> None:
         self.hidden.add(self.geometry.encoder_layer(layer))
@@ -77,6 +86,12 @@ class TowerWatched(Watched):
     def class_token(self) -> None:
         if not self.geometry.class_token:
             raise Unseen("its vision encoder has no class token")
+
+
+@cache
+def _say(message: str) -> None:
+    """Warn, once in a process."""
+    warnings.warn(message, stacklevel=2)
 
 
 class DecoderWatched(Watched):
@@ -90,36 +105,45 @@ class DecoderWatched(Watched):
 
 
 class Sight:
-    """What every site shows: the scene and the question. The rest raises :class:`Unseen`."""
+    """What every site shows: the scene and the question. The rest raises :class:`Unseen`.
 
-    def __init__(self, call: Call, row: int, numbers: Sequence[int]) -> None:
+    tracks: those of the tiles that are shown; before: why they show nothing of the vision encoder.
+    """
+
+    before: ClassVar[str] = BEFORE
+
+    def __init__(self, call: Call, row: int, tracks: Sequence[Track]) -> None:
         self.call, self.row = call, row
         self.geometry = call.attachment.family.geometry
-        self.numbers = numbers
+        self.tracks = tracks
+
+    @property
+    def numbers(self) -> list[int]:
+        """Which of the prompt's tiles are shown."""
+        return [track.number for track in self.tracks]
 
     @property
     def scene(self) -> Scene:
         call, attachment = self.call, self.call.attachment
-        tracks = call.journeys[self.row].tiles
-        wanted = tuple(tracks[number].tile for number in self.numbers)
-        pictures = sorted({tile.picture for tile in wanted})
+        tiles = tuple(track.tile for track in self.tracks)
+        pictures = sorted({tile.picture for tile in tiles})
         pixels = tuple(call.pictures[call.rows[self.row][place][0]].picture.pixels for place in pictures)
-        return Scene(attachment.family, call.inputs, wanted, pixels, call.question(self.row), attachment.processor)
+        return Scene(attachment.family, call.inputs, tiles, pixels, call.question(self.row), attachment.processor)
 
     def encoder_attention(self, layer: Layer) -> Attention:
-        raise Unseen(BEFORE)
+        raise Unseen(self.before)
 
     def encoder_hidden(self, layer: Layer) -> Tensor:
-        raise Unseen(BEFORE)
+        raise Unseen(self.before)
 
     def class_token(self) -> Tensor:
-        raise Unseen(BEFORE)
+        raise Unseen(self.before)
 
     def token_sizes(self) -> Tensor:
-        raise Unseen(BEFORE)
+        raise Unseen(self.before)
 
     def clip(self, checkpoint: str) -> Clip:
-        raise Unseen(BEFORE)
+        raise Unseen(self.before)
 
     def decoder_attention(self, layer: Layer) -> Attention:
         raise Unseen(INSIDE)
@@ -148,22 +172,27 @@ class Sight:
         return question
 
 
+class JointSight(Sight):
+    """What several tiles show together up to the language model."""
+
+    before = "every tile has its own: a signal that is about all of them at once cannot have it"
+
+
 class TowerSight(Sight):
     """What a tile shows up to the language model."""
 
     def __init__(self, call: Call, row: int, tile: ReducedTile) -> None:
-        super().__init__(call, row, [tile.track.number])
+        super().__init__(call, row, [tile.track])
         self.tile = tile
 
     def encoder_attention(self, layer: Layer) -> Attention:
         tile, encoding = self.tile, self._encoding()
         family = self.call.attachment.family
-        module = family.encoder_attention(encoding.modality)[self.geometry.encoder_layer(layer)]
+        shown = family.attention_layer(self.geometry.encoder_layer(layer))
+        module = family.encoder_attention(encoding.modality)[shown]
         calls = encoding.attention[module]
         if not calls:
-            raise RuntimeError(
-                "the vision encoder did not run through transformers' attention interface, so it cannot be seen"
-            )
+            raise Unseen("the vision encoder did not run through transformers' attention interface")
         row, extent = tile.tile.sequence - encoding.first, tile.tile.extent
         if extent is None:
             (call,) = calls
@@ -229,11 +258,11 @@ class DecoderSight(Sight):
         arguments: Mapping[str, Any],
         memo: dict[bool, taps.Captured],
         place: int,
-        group: Group,
+        tiles: Sequence[Track],
         slots: Tensor,
     ) -> None:
         copies = len(prefill.strands) // len(call.journeys)
-        super().__init__(call, place // copies, [track.number for track in group.tracks if track.number >= 0])
+        super().__init__(call, place // copies, tiles)
         self._stack, self._prefill, self._layer, self._hidden = stack, prefill, layer, hidden
         self._arguments, self._memo, self._place, self._slots = arguments, memo, place, slots
 
@@ -275,8 +304,7 @@ class DecoderSight(Sight):
         have, if any."""
         valid, place = self._prefill.last.valid[self._place], self._place
         if captured is None or captured.queries.shape[2] != len(valid):
-            name = type(self.call.attachment.reducer).__name__
-            raise ValueError(f"{name} asks to see a layer from before an earlier cut")
+            raise Unseen("that layer ran before an earlier cut, on tokens that are gone")
         sequence = self._sequence
         number = torch.zeros_like(valid, dtype=torch.long)
         number[sequence] = torch.arange(len(sequence), device=valid.device)
@@ -309,20 +337,16 @@ class DecoderSight(Sight):
         return int(whole.int().argmax())
 
 
-def shown(
-    reducer: TokenReducer, step: Step, views: Sequence[Any], scope: Callable[[], Any] | None = None
-) -> Callable[[Signal], Sequence[Any]]:
-    """How a step's tokens get its signals: from the ``views`` on its tiles, or from the one on its whole ``scope``."""
+def shown(site: Site, step: Step, tiles: Sequence[Sight], whole: Sight) -> Callable[[Signal], Sequence[Any]]:
+    """How a step's tokens get its signals: from the views on its ``tiles``, or from the one on all of them."""
 
     def values(signal: Signal) -> Sequence[Any]:
         if signal not in step.sees:
             raise KeyError(f"{signal} was not declared: list it in the step's `sees`")
         try:
-            if signal.joint:
-                return [signal.value(scope() if scope else views[0])]
-            return [signal.value(view) for view in views]
+            return [signal.value(view) for view in ([whole] if signal.joint else tiles)]
         except Unseen as error:
-            raise unseen(reducer, step, signal, views[0].call.attachment.family, error) from error
+            raise unseen(site.reducer, step, signal, site.family, error) from error
 
     return values
 

@@ -16,10 +16,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tokenreduce.catalog.description import REGISTRIES, described, find, knobs, plugins, presets, site_name
+from tokenreduce.catalog.description import REGISTRIES, described, find, hosted, knobs, plugins, presets
 from tokenreduce.catalog.scaffold import create_package
 from tokenreduce.catalog.table import models_table, table
 from tokenreduce.catalog.verdict import FAILED, Finding, findings
+from tokenreduce.models.family import ModelFamily
 from tokenreduce.registry import INTERFACE, Problem
 
 SUCCESS, BROKEN_PROMISE, BAD_INPUT = 0, 1, 2
@@ -112,7 +113,7 @@ def _show(options: argparse.Namespace) -> int:
         "parity": getattr(plugin, "parity", ""),
         "content": getattr(plugin, "description", ""),
         "classes": ", ".join(getattr(plugin, "classes", ())),
-        "sites": ", ".join(site_name(step) for step in getattr(plugin, "sites", ())),
+        "sites": ", ".join(hosted(plugin)) if issubclass(plugin, ModelFamily) else "",
     }
     if registry.kind == "reducer" and all(knob.default is not None for knob in settings):
         sites, signals = described(plugin())

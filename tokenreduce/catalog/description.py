@@ -17,20 +17,11 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from tokenreduce import reducer as interface
+from tokenreduce.attach import sites
 from tokenreduce.benchmarks.benchmark import Benchmark
 from tokenreduce.knobs import nearest
 from tokenreduce.models.family import ModelFamily
-from tokenreduce.reducer import (
-    AtDecoder,
-    AtEncoder,
-    AtEncoderOutput,
-    AtInput,
-    AtProjector,
-    Geometry,
-    Grid,
-    Step,
-    TokenReducer,
-)
+from tokenreduce.reducer import Geometry, Grid, Step, TokenReducer
 from tokenreduce.registry import BENCHMARKS, CONFIGURATIONS, MODELS, REDUCERS, Problem, Registry
 
 if TYPE_CHECKING:
@@ -40,13 +31,6 @@ LLAVA = Geometry(encoder_layers=24, decoder_layers=32, feature_layer=22, class_t
 """LLaVA-1.5-7B, which the published settings are for."""
 
 GRID = Grid(24, 24)
-SITES: dict[type[Step], str] = {
-    AtInput: "input",
-    AtEncoder: "inside the encoder",
-    AtEncoderOutput: "encoder output",
-    AtProjector: "projector",
-    AtDecoder: "language model",
-}
 REGISTRIES: dict[str, Registry[Any]] = {registry.kind: registry for registry in (REDUCERS, MODELS, BENCHMARKS)}
 BUILT_IN_CONFIGURATIONS = "tokenreduce_conf"
 
@@ -106,13 +90,18 @@ def find(name: str, kind: str | None = None) -> Registry[Any]:
 def described(reducer: TokenReducer) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The sites at which a reducer acts on LLaVA-1.5, and the kinds of signal that it sees there."""
     steps = reducer.steps(LLAVA)
-    sites = _once(site_name(type(step)) for step in steps)
-    return sites, _once(type(signal).__name__ for step in steps for signal in step.sees)
+    acted = _once(site_name(type(step)) for step in steps)
+    return acted, _once(type(signal).__name__ for step in steps for signal in step.sees)
+
+
+def hosted(family: type[ModelFamily]) -> tuple[str, ...]:
+    """The sites at which models of a family host reducers, in words."""
+    return tuple(site.name for site in sites.SITES if family.hosts(site.kind))
 
 
 def site_name(step: type[Step]) -> str:
     """A kind of step in words."""
-    return SITES.get(step, step.__name__)
+    return next((site.name for site in sites.SITES if site.kind is step), step.__name__)
 
 
 def knobs(plugin: type) -> list[Knob]:
@@ -155,18 +144,18 @@ def _claims() -> list[Problem]:
 
 
 def _plugin(registry: Registry[Any], name: str, plugin: type) -> Plugin:
-    sites: tuple[str, ...] = ()
+    at: tuple[str, ...] = ()
     signals: tuple[str, ...] = ()
     source = ""
     if issubclass(plugin, TokenReducer):
         source = plugin.paper
         if all(knob.default is not None for knob in knobs(plugin)):
-            sites, signals = described(plugin())
+            at, signals = described(plugin())
     elif issubclass(plugin, ModelFamily):
-        sites, source = _once(site_name(step) for step in SITES if plugin.hosts(step)), ", ".join(plugin.classes)
+        at, source = hosted(plugin), ", ".join(plugin.classes)
     elif issubclass(plugin, Benchmark):
         source = plugin.description
-    return Plugin(name, registry.kind, registry.package(name), registry.version(name), sites, signals, source)
+    return Plugin(name, registry.kind, registry.package(name), registry.version(name), at, signals, source)
 
 
 def _default(field: dataclasses.Field[Any]) -> str | None:

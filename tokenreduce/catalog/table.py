@@ -8,8 +8,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from tokenreduce import signals as interface
+from tokenreduce.attach import sites
 from tokenreduce.attach.views import DecoderWatched, TowerWatched, Watched
-from tokenreduce.catalog.description import GRID, LLAVA, SITES, described, site_name
+from tokenreduce.catalog.description import GRID, LLAVA, described, site_name
 from tokenreduce.models.family import ModelFamily
 from tokenreduce.reducer import AtEncoder, Geometry, Span, Tile, TokenReducer
 from tokenreduce.registry import BUILT_IN, MODELS, REDUCERS
@@ -26,15 +27,15 @@ HEADER = (
 def row(name: str, reducer: TokenReducer) -> str:
     """One line of the table."""
     steps = reducer.steps(LLAVA)
-    sites, signals = described(reducer)
+    at, signals = described(reducer)
     text = any(signal.text for step in steps for signal in step.sees)
     span = Span(LLAVA, (Tile(GRID),), len(GRID), len(GRID))
-    adaptive = bool(steps) and reducer.count(steps[-1], span) is None
+    adaptive = bool(steps) and not isinstance(reducer.count(steps[-1], span), int)
     cells = (
         f"`{name}`",
         reducer.summary(),
         _link(reducer.paper),
-        ", ".join(sites) or "none",
+        ", ".join(at) or "none",
         ", ".join(f"`{signal}`" for signal in signals),
         "yes" if text else "no",
         "yes" if adaptive else "no",
@@ -56,7 +57,7 @@ def table() -> str:
 
 def models_table() -> str:
     """All built-in model families: what they host, why they host nothing else, and the signals at each site."""
-    header = ["family", "class", *SITES.values(), "signals before the language model", "why not"]
+    header = ["family", "class", *(site.name for site in sites.SITES), "signals before the language model", "why not"]
     lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
     for name, family in sorted(MODELS.usable().items()):
         if MODELS.package(name) == BUILT_IN:
@@ -70,13 +71,13 @@ def _family_row(name: str, family: type[ModelFamily]) -> str:
     classes = ", ".join(f"`{each}`" for each in family.classes)
     shown = _shown(TowerWatched, replace(LLAVA, class_token=family.class_token))
     signals = ", ".join(each for each in shown if family.hosts(AtEncoder) or each != f"`{TokenSizes.__name__}`")
-    sites = ["yes" if family.hosts(site) else "" for site in SITES]
-    return f"| {' | '.join([f'`{name}`', classes, *sites, signals, reasons])} |"
+    hosted = ["yes" if family.hosts(site.kind) else "" for site in sites.SITES]
+    return f"| {' | '.join([f'`{name}`', classes, *hosted, signals, reasons])} |"
 
 
 def _shown(site: type[Watched], geometry: Geometry) -> list[str]:
     """The signals of the interface that a site shows of a model of this geometry."""
-    family: Any = SimpleNamespace(geometry=geometry)
+    family: Any = SimpleNamespace(geometry=geometry, attention_layer=int)
     names = []
     for name, kind in vars(interface).items():
         if isinstance(kind, type) and issubclass(kind, Signal) and kind is not Signal:

@@ -13,25 +13,18 @@ from typing import Any
 from omegaconf import OmegaConf
 from transformers import PreTrainedModel
 
-from tokenreduce.attach import reduce_tokens
+from tokenreduce.attach import reduce_tokens, sites
 from tokenreduce.benchmarks.benchmark import Benchmark
-from tokenreduce.catalog.description import knobs, site_name
+from tokenreduce.catalog.description import knobs
 from tokenreduce.models.family import Inputs, ModelFamily
 from tokenreduce.models.loading import load
-from tokenreduce.reducer import AtDecoder, AtEncoder, AtEncoderOutput, AtProjector, Step, TokenReducer
+from tokenreduce.reducer import AtProjector, TokenReducer
 from tokenreduce.registry import BENCHMARKS, MODELS, REDUCERS, Registry, create
 from tokenreduce.testing import BENCHMARK_INVARIANTS, INVARIANTS, Identity, InvariantError, prompts, tiny_llava
 from tokenreduce.testing.checkpoints import ask, picture, recipes, write_checkpoint
 
 PASSED, REFUSED, FAILED = "passed", "refused", "FAILED"
 
-WATCHED: dict[type[Step], Step] = {
-    AtEncoder: AtEncoder(layer=0.5, keep=1.0),
-    AtEncoderOutput: AtEncoderOutput(keep=1.0),
-    AtProjector: AtProjector(keep=1.0),
-    AtDecoder: AtDecoder(layer=0.5, keep=1.0),
-}
-"""Where the identity is put into a family's model: everywhere but at the input, where there is nothing to select."""
 OF_KEEPING_EVERYTHING = ("identity_changes_nothing", "counts_are_exact", "equals_the_literal_sequence")
 """The invariants that say most about a family when nothing is taken away."""
 SAMPLES = 20
@@ -111,13 +104,16 @@ def _family(family: type[ModelFamily], checkpoint: str, attention: str = "sdpa")
         raise ValueError(
             f"{checkpoint} is a {type(model).__name__}, which the family does not serve; it serves {served}"
         )
-    for site, step in WATCHED.items():
-        if family.hosts(site):
-            where = f"keeping everything at the {site_name(site)}"
+    for site in sites.SITES:
+        step = site.keeping()
+        if step is None:
+            continue
+        if family.hosts(site.kind):
+            where = f"keeping everything at the {site.name}"
             yield from _invariants(Identity(site=step), model, batches, where, OF_KEEPING_EVERYTHING)
         else:
-            reason = family.unhosted.get(site, "it gives no reason")
-            yield Finding(f"works at the {site_name(site)}", REFUSED, reason)
+            reason = family.unhosted.get(site.kind, "it gives no reason")
+            yield Finding(f"works at the {site.name}", REFUSED, reason)
     if family.hosts(AtProjector):
         yield from _invariants(create("uniform", keep=0.5), model, batches, "dropping half of the tokens")
 

@@ -168,12 +168,14 @@ class ModelFamily(ABC):
         """The vision encoder's layers."""
 
     def encoder_attention(self, modality: Modality = "image") -> Sequence[nn.Module]:
-        """The vision encoder's self-attention modules, one a layer.
-
-        Where a layer's attention does not reach over its whole tile, a near one's that does stands in for it.
-        """
+        """The vision encoder's self-attention modules, one a layer."""
         layers: Sequence[Any] = self.encoder_layers(modality)
         return [layer.self_attn for layer in layers]
+
+    def attention_layer(self, layer: int) -> int:
+        """The vision encoder's layer whose attention is shown where that of ``layer`` is asked for: the nearest one
+        that reaches over a whole tile."""
+        return layer
 
     def halves(self, layer: nn.Module) -> tuple[nn.Module, nn.Module]:
         """The norm and the feed-forward network of a vision encoder layer: its second half, behind the attention.

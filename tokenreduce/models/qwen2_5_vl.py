@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.vision_utils import get_vision_window_index
 
 from tokenreduce.models.family import Inputs, Modality
@@ -44,11 +44,9 @@ class Qwen2_5VL(Qwen2VL):
         group = vision.spatial_merge_size**2
         return (window_index.argsort()[:, None] * group + torch.arange(group)).flatten()
 
-    def encoder_attention(self, modality: Modality = "image") -> Sequence[nn.Module]:
-        modules = super().encoder_attention(modality)
+    def attention_layer(self, layer: int) -> int:
         whole = self.model.config.vision_config.fullatt_block_indexes
-        nearest = [min(whole, key=lambda layer: (abs(layer - number), -layer)) for number in range(len(modules))]
-        return [modules[layer] for layer in nearest]
+        return min(whole, key=lambda other: (abs(other - layer), -other))
 
     def vision_flops(self, patches: int) -> float:
         vision, width = self.model.config.vision_config, self.model.config.vision_config.hidden_size
