@@ -36,7 +36,7 @@ CORE = {
     "position_ids",
     "use_cache",
 }
-"""Arguments of every model, which are no family's affair. Since transformers 5.24 the key-value cache is just called that."""
+"""Arguments of every model, which are no family's affair."""
 PER_TOKEN = {"mm_token_type_ids", "token_type_ids"}
 """Arguments with an entry for every token, which are cut as the prompt is."""
 WITHOUT_EFFECT = {("internvl", "image_sizes")}
