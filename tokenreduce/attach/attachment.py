@@ -236,7 +236,7 @@ class Attachment:
             inputs = {**inputs, "mm_encoder_outputs": contained}
         if not call.rows or ids is None or (cache is not None and cache.get_seq_length()):
             output = original(**inputs)
-        elif call.width is not None and ids.shape[1] > call.width and self._inside:
+        elif cache is not None and call.width is not None and ids.shape[1] > call.width and self._inside:
             output = self._speculated(call, original, inputs, call.width)
         else:
             output = self._prefilled(call, original, inputs)
