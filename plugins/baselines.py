@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,7 +12,6 @@ from tokenreduce.reducer import (
     AtInput,
     AtProjector,
     Geometry,
-    Grid,
     Keep,
     ScoreReducer,
     Selection,
@@ -21,7 +19,6 @@ from tokenreduce.reducer import (
     Step,
     TokenReducer,
     VisualTokens,
-    tokens_to_keep,
 )
 
 
@@ -29,7 +26,7 @@ from tokenreduce.reducer import (
 class NoReduction(TokenReducer):
     """Keep every visual token: the unreduced model."""
 
-    paper: ClassVar[str] = "baseline: the model as it is"
+    paper = "baseline: the model as it is"
 
     def steps(self, geometry: Geometry) -> list[Step]:
         return []
@@ -39,7 +36,7 @@ class NoReduction(TokenReducer):
 class NoImage(TokenReducer):
     """Take the picture away: what the text alone gives."""
 
-    paper: ClassVar[str] = "baseline: the question without its picture"
+    paper = "baseline: the question without its picture"
 
     def steps(self, geometry: Geometry) -> list[Step]:
         return [AtInput()]
@@ -55,7 +52,7 @@ class Downsample(TokenReducer):
     The tokens kept form a grid of the picture's shape, so there may be a few less than ``keep`` allows.
     """
 
-    paper: ClassVar[str] = "baseline: a smaller picture"
+    paper = "baseline: a smaller picture"
 
     keep: Keep = 0.25
 
@@ -63,14 +60,14 @@ class Downsample(TokenReducer):
         return [AtInput(keep=self.keep)]
 
     def count(self, step: Step, span: Span) -> int:
-        return len(span.grid.fit(tokens_to_keep(self.keep, span.entered)))
+        return len(span.grid.fit(span.keep(self.keep)))
 
 
 @dataclass(frozen=True)
 class Random(ScoreReducer):
     """Keep tokens drawn at random, evenly over the picture; a larger ``keep`` adds to the tokens of a smaller one."""
 
-    paper: ClassVar[str] = "baseline: seeded chance"
+    paper = "baseline: seeded chance"
 
     keep: Keep = 0.25
     seed: int = 0
@@ -87,7 +84,7 @@ class Random(ScoreReducer):
 class Uniform(TokenReducer):
     """Keep every n-th token in raster order: the middles of ``keep`` equal stretches."""
 
-    paper: ClassVar[str] = "baseline: a centred stride"
+    paper = "baseline: a centred stride"
 
     keep: Keep = 0.25
 
@@ -106,8 +103,8 @@ class Pool(TokenReducer):
     The cells form a grid of the picture's shape, so there may be a few less than ``keep`` allows.
     """
 
-    paper: ClassVar[str] = "baseline: average pooling"
-    merges: ClassVar[bool] = True
+    paper = "baseline: average pooling"
+    merges = True
 
     keep: Keep = 0.25
 
@@ -115,7 +112,7 @@ class Pool(TokenReducer):
         return [AtProjector(keep=self.keep)]
 
     def count(self, step: Step, span: Span) -> int:
-        return len(self._coarse(span))
+        return len(span.grid.fit(span.keep(self.keep)))
 
     def select(self, step: Step, tokens: VisualTokens) -> Selection:
         grid = tokens.span.grid
@@ -123,11 +120,9 @@ class Pool(TokenReducer):
             raise ValueError(
                 f"pool averages whole grids, but only {len(tokens)} of {len(grid)} tokens are left: run it first"
             )
-        centres, cells = (places.to(tokens.features.device) for places in grid.cells(self._coarse(tokens.span)))
+        coarse = grid.fit(tokens.span.keep(self.keep))
+        centres, cells = (places.to(tokens.features.device) for places in grid.cells(coarse))
         # A product with the membership matrix, not a scatter, which adds up in another order every time on a GPU.
         members = one_hot(cells, len(centres)).T.float()
         means = members / members.sum(dim=1, keepdim=True) @ tokens.features.float()
         return Selection(centres, means.to(tokens.features.dtype), source=cells)
-
-    def _coarse(self, span: Span) -> Grid:
-        return span.grid.fit(tokens_to_keep(self.keep, span.entered))

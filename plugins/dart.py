@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,8 +25,6 @@ from tokenreduce.reducer import (
     Step,
     TokenReducer,
     VisualTokens,
-    layer_index,
-    tokens_to_keep,
 )
 from tokenreduce.signals import DecoderAttention, DecoderHidden
 
@@ -47,8 +45,8 @@ class Dart(TokenReducer):
     there are share what the missing ones would take, and no more tokens are taken than there are.
     """
 
-    paper: ClassVar[str] = "2502.11494"
-    parity: ClassVar[str] = "official vectors, 5 cases; 2 end to end"
+    paper = "2502.11494"
+    parity = "official vectors, 5 cases; 2 end to end"
 
     positions: Positions = field(default="original", kw_only=True)
     keep: Keep = 128 / 576
@@ -65,12 +63,12 @@ class Dart(TokenReducer):
             )
 
     def steps(self, geometry: Geometry) -> list[Step]:
-        keys = DecoderAttention(layer_index(self.layer, geometry.decoder_layers) - 1)
+        keys = DecoderAttention(geometry.decoder_layer(self.layer) - 1)
         return [AtDecoder(layer=self.layer, keep=self.keep, sees=(keys, DecoderHidden(normed=True)))]
 
     def count(self, step: Step, span: Span) -> int:
         pivots = self.image_pivots + self.text_pivots
-        each = tokens_to_keep(self.keep, span.entered) // pivots
+        each = span.keep(self.keep) // pivots
         return min(span.current, self.image_pivots + pivots * each)
 
     def select(self, step: Step, tokens: VisualTokens) -> Selection:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -46,8 +45,8 @@ class DivPrune(TokenReducer):
     Presets: divprune_r098 (the official ratio), divprune_64, divprune_128 and divprune_192.
     """
 
-    paper: ClassVar[str] = "2503.02175"
-    parity: ClassVar[str] = "official vectors, 7 cases"
+    paper = "2503.02175"
+    parity = "official vectors, 7 cases"
 
     keep: Keep = 0.098
 

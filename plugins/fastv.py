@@ -7,23 +7,9 @@ their gaps. Published presets: K=2 with R=50 % (the default), 75 % and 90 %, and
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Literal
 
-from tokenreduce.reducer import (
-    AtDecoder,
-    Geometry,
-    Keep,
-    Layer,
-    Positions,
-    Selection,
-    Span,
-    Step,
-    TokenReducer,
-    VisualTokens,
-    best,
-    layer_index,
-    tokens_to_keep,
-)
+from tokenreduce.reducer import AtDecoder, Geometry, Keep, Layer, Positions, Selection, Step, TokenReducer, VisualTokens
 from tokenreduce.signals import DecoderAttention
 
 
@@ -38,8 +24,8 @@ class FastV(TokenReducer):
     The official code takes one image; here the tokens of all images of a prompt compete.
     """
 
-    paper: ClassVar[str] = "2403.06764"
-    parity: ClassVar[str] = "official vectors, 5 cases; 3 end to end"
+    paper = "2403.06764"
+    parity = "official vectors, 5 cases; 3 end to end"
 
     positions: Positions = field(default="original", kw_only=True)
     keep: Keep = 0.5
@@ -47,14 +33,9 @@ class FastV(TokenReducer):
     queries: Literal["last", "all"] = "last"
 
     def steps(self, geometry: Geometry) -> list[Step]:
-        ranking = layer_index(self.layer, geometry.decoder_layers) - 1
-        return [AtDecoder(layer=self.layer, keep=self.keep, sees=(DecoderAttention(ranking),))]
-
-    def count(self, step: Step, span: Span) -> int:
-        if isinstance(self.keep, float):
-            return max(1, round(span.entered * self.keep))
-        return tokens_to_keep(self.keep, span.entered)
+        ranking = DecoderAttention(geometry.decoder_layer(self.layer) - 1)
+        return [AtDecoder(layer=self.layer, keep=self.keep, rounding="even", sees=(ranking,))]
 
     def select(self, step: Step, tokens: VisualTokens) -> Selection:
         attention = tokens[step.sees[0]].mean(-1 if self.queries == "last" else slice(None))
-        return Selection(best(attention.mean(dim=0), tokens.keep))
+        return Selection(tokens.best(attention.mean(dim=0)))

@@ -3,24 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from tokenreduce.reducer import (
-    AtEncoder,
-    Geometry,
-    Keep,
-    Selection,
-    Span,
-    Step,
-    TokenReducer,
-    VisualTokens,
-    best,
-    layer_index,
-    tokens_to_keep,
-)
+from tokenreduce.reducer import AtEncoder, Geometry, Keep, Selection, Span, Step, TokenReducer, VisualTokens
 from tokenreduce.signals import Attention, EncoderAttention
 
 
@@ -36,35 +23,35 @@ class FlowCut(TokenReducer):
     budgets.
     """
 
-    paper: ClassVar[str] = "2505.19536"
-    parity: ClassVar[str] = "official vectors, 4 cases; 1 inside a real tower, and 1 given its batch's counts"
+    paper = "2505.19536"
+    parity = "official vectors, 4 cases; 1 inside a real tower, and 1 given its batch's counts"
 
     keep: Keep = 2 / 9
 
     def steps(self, geometry: Geometry) -> list[Step]:
         if geometry.feature_layer < 1:
             raise ValueError("FlowCut cuts before the encoder layer that gives the features, which is the first here")
+        last = geometry.feature_layer - 1  # a step's stage is how many can still cut after it
         return [
-            AtEncoder(layer=layer, keep=self.keep, sees=(EncoderAttention(layer),))
-            for layer in range(geometry.feature_layer)
+            AtEncoder(layer=layer, keep=self.keep, stage=last - layer, sees=(EncoderAttention(layer),))
+            for layer in range(last + 1)
         ]
 
     def count(self, step: Step, span: Span) -> int | None:
-        target, remaining = tokens_to_keep(self.keep, span.entered), layers_left(step, span.geometry)
+        target, remaining = span.keep(self.keep), step.stage
         if span.current <= target or remaining % 2:
             return span.current
         return None if remaining else target
 
     def select(self, step: Step, tokens: VisualTokens) -> Selection:
-        target = tokens_to_keep(self.keep, tokens.span.entered)
-        remaining = layers_left(step, tokens.span.geometry)
+        target, remaining = tokens.span.keep(self.keep), step.stage
         if len(tokens) <= target:
             return tokens.everything(tokens.carried)
         looked_at, flow = self.flow(tokens[step.sees[0]])
         total = flow if tokens.carried is None else 0.5 * tokens.carried + 0.5 * flow
         if remaining % 2:
             return tokens.everything(total)
-        kept = best(total, max(target, len(tokens) - pruned(looked_at, remaining, target)))
+        kept = tokens.best(total, max(target, len(tokens) - pruned(looked_at, remaining, target)))
         return Selection(kept, carry=total[kept])
 
     @staticmethod
@@ -78,12 +65,6 @@ class FlowCut(TokenReducer):
         looked_at = attention.mean(place)[0]
         likeness = torch.einsum("h d, h n d -> h n", values[:, place], values).softmax(dim=-1)
         return looked_at, score(looked_at, likeness.mean(dim=0)[attention.visual], values.mean(dim=0)[attention.visual])
-
-
-def layers_left(step: Step, geometry: Geometry) -> int:
-    """How many layers can still cut after this one."""
-    assert isinstance(step, AtEncoder)
-    return geometry.feature_layer - layer_index(step.layer, geometry.encoder_layers) - 1
 
 
 def score(looked_at: Tensor, likeness: Tensor, values: Tensor) -> Tensor:

@@ -6,28 +6,13 @@ are left out without renormalising, variances are population variances in float3
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import ClassVar
 
-import torch
 from einops import rearrange
 from torch import Tensor
 
-from tokenreduce.reducer import (
-    AtProjector,
-    Geometry,
-    Keep,
-    Layer,
-    Rounding,
-    ScoreReducer,
-    Selection,
-    Span,
-    Step,
-    TokenReducer,
-    VisualTokens,
-    best,
-    tokens_to_keep,
-)
+from tokenreduce.reducer import AtProjector, Geometry, Keep, Layer, Rounding, ScoreReducer, Span, Step, VisualTokens
 from tokenreduce.signals import Attention, EncoderAttention
 
 
@@ -49,8 +34,8 @@ def significance(attention: Attention, include_cls: bool = False) -> Tensor:
 class FoPruRank(ScoreReducer):
     """Keep the tokens that matter most to the vision encoder's own attention, wherever they are."""
 
-    paper: ClassVar[str] = "2411.14164"
-    parity: ClassVar[str] = "worked examples; no official code"
+    paper = "2411.14164"
+    parity = "worked examples; no official code"
 
     keep: Keep = 0.25
     layer: Layer = -2
@@ -58,24 +43,21 @@ class FoPruRank(ScoreReducer):
     rounding: Rounding = "floor"
 
     def steps(self, geometry: Geometry) -> list[Step]:
-        return [AtProjector(keep=self.keep, sees=(EncoderAttention(self.layer),))]
-
-    def count(self, step: Step, span: Span) -> int:
-        return tokens_to_keep(self.keep, span.entered, self.rounding)
+        return [AtProjector(keep=self.keep, rounding=self.rounding, sees=(EncoderAttention(self.layer),))]
 
     def score(self, tokens: VisualTokens) -> Tensor:
         return significance(tokens[EncoderAttention(self.layer)], self.include_cls)
 
 
 @dataclass(frozen=True)
-class FoPruRow(TokenReducer):
+class FoPruRow(ScoreReducer):
     """Keep the whole rows of the patch grid that matter most to the vision encoder's own attention.
 
     ``keep`` is rounded to the nearest number of rows, half a row up, and at least one; so the count may differ from it.
     """
 
-    paper: ClassVar[str] = "2411.14164"
-    parity: ClassVar[str] = "worked examples; no official code"
+    paper = "2411.14164"
+    parity = "worked examples; no official code"
 
     keep: Keep = 0.25
     layer: Layer = -2
@@ -85,17 +67,11 @@ class FoPruRow(TokenReducer):
         return [AtProjector(keep=self.keep, sees=(EncoderAttention(self.layer),))]
 
     def count(self, step: Step, span: Span) -> int:
-        width = span.grid.width
-        rows = len(span.grid) // width
-        if isinstance(self.keep, int):
-            budget = tokens_to_keep(self.keep, len(span.grid))
-            return max(1, (2 * budget + width) // (2 * width)) * width
-        return tokens_to_keep(self.keep, rows, "round") * width
+        height, width = span.grid.height, span.grid.width
+        rows = self.keep / width if isinstance(self.keep, int) else self.keep * height
+        return width * min(height, max(1, math.floor(rows + 0.5 + 1e-6)))
 
-    def select(self, step: Step, tokens: VisualTokens) -> Selection:
-        width = tokens.span.grid.width
+    def score(self, tokens: VisualTokens) -> Tensor:
         scores = significance(tokens[EncoderAttention(self.layer)], self.include_cls)
-        row_scores = rearrange(scores, "(row column) -> row column", column=width).mean(dim=1)
-        rows = best(row_scores, tokens.keep // width)
-        columns = torch.arange(width, device=rows.device)
-        return Selection(rearrange(rows[:, None] * width + columns, "row column -> (row column)"))
+        rows = rearrange(scores, "(row column) -> row column", column=tokens.span.grid.width)
+        return rows.mean(dim=1).repeat_interleave(tokens.span.grid.width)

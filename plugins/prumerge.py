@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from einops import rearrange
@@ -30,9 +30,9 @@ class PruMerge(TokenReducer):
     neighbours: how many patches are added to each.
     """
 
-    paper: ClassVar[str] = "2403.15388"
-    parity: ClassVar[str] = "official vectors, 3 cases; 2 on a real tower"
-    merges: ClassVar[bool] = True
+    paper = "2403.15388"
+    parity = "official vectors, 3 cases; 2 on a real tower"
+    merges = True
 
     layer: Layer = -1
     factor: float = 1.5
@@ -76,7 +76,7 @@ class PruMergePlus(PruMerge):
     The stride leaves out the last patch of the picture, as in the official code; without outliers there is none.
     """
 
-    parity: ClassVar[str] = "official vectors, 1 case"
+    parity = "official vectors, 1 case"
 
     def spread(self, outliers: Tensor, total: int) -> Tensor:
         if not len(outliers):

@@ -8,7 +8,7 @@ published.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 from tokenreduce.reducer import (
     AtDecoder,
@@ -20,11 +20,9 @@ from tokenreduce.reducer import (
     Step,
     TokenReducer,
     VisualTokens,
-    best,
     check_keep,
-    layer_index,
 )
-from tokenreduce.signals import DecoderAttention, LookAheadAttention
+from tokenreduce.signals import DecoderAttention, LookAheadAttention, Signal
 
 
 @dataclass(frozen=True)
@@ -40,8 +38,8 @@ class PyramidDrop(TokenReducer):
     and grouped keys are repeated.
     """
 
-    paper: ClassVar[str] = "2410.17247"
-    parity: ClassVar[str] = "official vectors, 4 cases; 2 end to end"
+    paper = "2410.17247"
+    parity = "official vectors, 4 cases; 2 end to end"
 
     layers: tuple[Layer, ...] = (0.25, 0.5, 0.75)
     ratios: tuple[float, ...] = (0.5, 0.25, 0.125)
@@ -57,21 +55,16 @@ class PyramidDrop(TokenReducer):
             check_keep(float(ratio))
 
     def steps(self, geometry: Geometry) -> list[Step]:
-        depth = geometry.decoder_layers
-        signals = [
-            LookAheadAttention() if self.ranks == "next" else DecoderAttention(layer_index(layer, depth) - 1)
-            for layer in self.layers
-        ]
-        return [
-            AtDecoder(layer=layer, keep=float(ratio), sees=(signal,))
-            for layer, ratio, signal in zip(self.layers, self.ratios, signals, strict=True)
-        ]
+        def ranking(layer: Layer) -> Signal:
+            return LookAheadAttention() if self.ranks == "next" else DecoderAttention(geometry.decoder_layer(layer) - 1)
+
+        return [AtDecoder(layer=layer, stage=stage, sees=(ranking(layer),)) for stage, layer in enumerate(self.layers)]
 
     def count(self, step: Step, span: Span) -> int:
-        return max(1, int(span.entered * (step.keep or 0)))
+        return max(1, int(span.entered * self.ratios[step.stage]))  # without a tolerance, as the official code
 
     def select(self, step: Step, tokens: VisualTokens) -> Selection:
-        return Selection(best(tokens[step.sees[0]].mean(-1)[0], tokens.keep))
+        return Selection(tokens.best(tokens[step.sees[0]].mean(-1)[0]))
 
     def with_keep(self, keep: Keep) -> PyramidDrop:
         """``keep`` is the paper's lambda: what every drop leaves of what the one before it left."""

@@ -6,27 +6,12 @@ The reference is the official code's version 1.5. Its lists are presets; the def
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from tokenreduce.reducer import (
-    AtDecoder,
-    Geometry,
-    Keep,
-    Layer,
-    Selection,
-    Span,
-    Step,
-    TokenReducer,
-    VisualTokens,
-    best,
-    check_keep,
-    layer_index,
-    tokens_to_keep,
-)
+from tokenreduce.reducer import AtDecoder, Geometry, Keep, Layer, Selection, Span, Step, TokenReducer, VisualTokens
 from tokenreduce.signals import DecoderAttention, ProjectedFeatures, TextEmbeddings
 
 
@@ -42,9 +27,9 @@ class SparseVlm(TokenReducer):
     densest points are each other's nearest; the later one then stands first, as in the official runs.
     """
 
-    paper: ClassVar[str] = "2410.04417"
-    merges: ClassVar[bool] = True
-    parity: ClassVar[str] = "official vectors, 8 cases; 2 end to end"
+    paper = "2410.04417"
+    merges = True
+    parity = "official vectors, 8 cases; 2 end to end"
 
     layers: tuple[Layer, ...] = (2 / 32, 6 / 32, 15 / 32)
     keeps: tuple[Keep, ...] = (300 / 576, 200 / 576, 110 / 576)
@@ -53,18 +38,15 @@ class SparseVlm(TokenReducer):
         super().__post_init__()
         if len(self.layers) != len(self.keeps) or len({type(keep) for keep in self.keeps}) > 1:
             raise ValueError(f"layers={self.layers}, keeps={self.keeps}: give every layer one ratio, or one number")
-        for keep in self.keeps:
-            check_keep(keep)
 
     def steps(self, geometry: Geometry) -> list[Step]:
-        ran = [layer_index(layer, geometry.decoder_layers) for layer in self.layers]
         return [
-            AtDecoder(layer=layer + 1, keep=keep, sees=(DecoderAttention(layer), ProjectedFeatures(), TextEmbeddings()))
-            for layer, keep in zip(ran, self.keeps, strict=True)
+            AtDecoder(layer=ran + 1, stage=stage, sees=(DecoderAttention(ran), ProjectedFeatures(), TextEmbeddings()))
+            for stage, ran in enumerate(map(geometry.decoder_layer, self.layers))
         ]
 
     def count(self, step: Step, span: Span) -> int:
-        kept, _, clusters = shares(step, span)
+        kept, _, clusters = self.shares(step, span)
         return kept + clusters
 
     def select(self, step: Step, tokens: VisualTokens) -> Selection:
@@ -72,10 +54,10 @@ class SparseVlm(TokenReducer):
         if words is None:
             words = telling(tokens[ProjectedFeatures()], tokens[TextEmbeddings()])
         scores = attention.mean(attention.text[words]).mean(dim=0)
-        keep, recycle, clusters = shares(step, tokens.span)
-        kept = best(scores, keep)
-        pruned = torch.ones_like(scores, dtype=torch.bool).index_fill(0, kept, False).nonzero()[:, 0]
-        recycled = pruned[best(scores[pruned], recycle)]
+        keep, recycle, clusters = self.shares(step, tokens.span)
+        kept = tokens.best(scores, keep)
+        pruned = tokens.others(kept)
+        recycled = pruned[tokens.best(scores[pruned], recycle)]
         centres, cluster, merged = cluster_and_merge(tokens.features[recycled], clusters)
         source = torch.full_like(tokens.index, -1)
         source[kept] = torch.arange(len(kept), device=kept.device)
@@ -83,19 +65,18 @@ class SparseVlm(TokenReducer):
         features = torch.cat([tokens.features[kept], merged])
         return Selection(torch.cat([kept, recycled[centres]]), features, source, carry=words)
 
+    def shares(self, step: Step, span: Span) -> tuple[int, int, int]:
+        """How many tokens stay as they are, how many of the others are recycled, and into how many."""
+        kept = min(span.keep(self.keeps[step.stage]), span.current - 1)
+        recycled = int(0.3 * (span.current - kept)) + 1
+        return kept, recycled, recycled // 10 + 1
+
     def with_keep(self, keep: Keep) -> SparseVlm:
         """``keep`` is what the first pruning keeps; the others follow in the proportions that they have."""
         scaled = [keep * each / self.keeps[0] for each in self.keeps]
         if isinstance(keep, int):
             return replace(self, keeps=tuple(max(1, round(each)) for each in scaled))
         return replace(self, keeps=tuple(min(1.0, round(each, 6)) for each in scaled))
-
-
-def shares(step: Step, span: Span) -> tuple[int, int, int]:
-    """How many tokens stay as they are, how many of the others are recycled, and into how many."""
-    kept = min(tokens_to_keep(step.keep or 1.0, span.entered), span.current - 1)
-    recycled = int(0.3 * (span.current - kept)) + 1
-    return kept, recycled, recycled // 10 + 1
 
 
 def telling(visual: Tensor, text: Tensor) -> Tensor:

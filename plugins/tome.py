@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,7 +19,6 @@ from tokenreduce.reducer import (
     Step,
     TokenReducer,
     VisualTokens,
-    tokens_to_keep,
 )
 from tokenreduce.signals import EncoderAttention
 
@@ -39,9 +37,9 @@ class ToMe(TokenReducer):
     Presets: tome_64, tome_128 and tome_192, the budgets at which papers compare with it.
     """
 
-    paper: ClassVar[str] = "2210.09461"
-    parity: ClassVar[str] = "official vectors, 5 cases"
-    merges: ClassVar[bool] = True
+    paper = "2210.09461"
+    parity = "official vectors, 5 cases"
+    merges = True
 
     keep: Keep = 1 / 3
     per_block: int | None = None
@@ -55,16 +53,16 @@ class ToMe(TokenReducer):
         return [*merging, AtEncoderOutput()]
 
     def count(self, step: Step, span: Span) -> int:
-        if isinstance(step, AtEncoderOutput):
+        if step.behind_encoder:
             return span.current
-        target, blocks = tokens_to_keep(self.keep, span.entered), span.geometry.feature_layer + 1
+        target, blocks = span.keep(self.keep), span.geometry.feature_layer + 1
         merges = math.ceil((span.entered - target) / blocks) if self.per_block is None else self.per_block
         return min(span.current, max(target, span.current - min(merges, span.current // 2)))
 
     def select(self, step: Step, tokens: VisualTokens) -> Selection:
         ones = torch.ones(len(tokens), device=tokens.features.device)
         places, sizes = (ones.long().cumsum(0) - 1, ones) if tokens.carried is None else tokens.carried
-        if isinstance(step, AtEncoderOutput):
+        if step.behind_encoder:
             return Selection(places.argsort())
         attention = tokens[step.sees[0]]
         metric = attention.keys.float().mean(dim=0)[attention.visual]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,7 +18,6 @@ from tokenreduce.reducer import (
     Step,
     TokenReducer,
     VisualTokens,
-    best,
     tokens_to_keep,
 )
 from tokenreduce.signals import ClassToken, EncoderAttention
@@ -36,9 +34,9 @@ class VisionZip(TokenReducer):
     Presets: visionzip_64, visionzip_128 and visionzip_192, the published budgets.
     """
 
-    paper: ClassVar[str] = "2412.04467"
-    parity: ClassVar[str] = "official vectors, 5 cases; 2 on a real tower"
-    merges: ClassVar[bool] = True
+    paper = "2412.04467"
+    parity = "official vectors, 5 cases; 2 on a real tower"
+    merges = True
 
     keep: Keep = 1 / 9
     contextual: Keep = 10 / 64
@@ -49,7 +47,7 @@ class VisionZip(TokenReducer):
         return [AtEncoderOutput(keep=self.keep, sees=(EncoderAttention(self.layer), *class_token))]
 
     def count(self, step: Step, span: Span) -> int:
-        kept = tokens_to_keep(self.keep, span.entered)
+        kept = span.keep(self.keep)
         contextual = tokens_to_keep(self.contextual, kept, "round")
         needed = contextual + int(span.geometry.class_token)
         if kept < needed and isinstance(self.keep, int):
@@ -62,16 +60,12 @@ class VisionZip(TokenReducer):
         kept, device = tokens.keep, tokens.features.device
         contextual = tokens_to_keep(self.contextual, kept, "round")
         attention = tokens[EncoderAttention(self.layer)]
-        class_token = attention.class_token
-        passed_on = int(class_token is not None)
+        passed_on = int(attention.class_token is not None)
 
-        significance = attention.mean(slice(None) if class_token is None else class_token).mean(dim=0)
-        dominant = best(significance, kept - contextual - passed_on)
-
-        rest = torch.ones(len(tokens), dtype=torch.bool, device=device).index_fill(0, dominant, False).nonzero()[:, 0]
-        places = torch.arange(contextual, device=device) * max(1, len(rest) // contextual)
-        is_target = torch.zeros(len(rest), dtype=torch.bool, device=device).index_fill(0, places, True)
-        targets, others = rest[is_target], rest[~is_target]
+        dominant = tokens.best(attention.received(), kept - contextual - passed_on)
+        rest = tokens.others(dominant)
+        targets = rest[:: max(1, len(rest) // contextual)][:contextual]
+        others = tokens.others(torch.cat([dominant, targets]))
         metric = normalize(attention.keys.float().mean(dim=0)[attention.visual], dim=-1)
         nearest = (metric[others] @ metric[targets].T).argmax(dim=1)
 

@@ -3,22 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from tokenreduce.reducer import (
-    AtEncoderOutput,
-    AtProjector,
-    Geometry,
-    Keep,
-    Layer,
-    ScoreReducer,
-    Step,
-    VisualTokens,
-    layer_index,
-)
+from tokenreduce.reducer import AtEncoderOutput, AtProjector, Geometry, Keep, Layer, ScoreReducer, Step, VisualTokens
 from tokenreduce.signals import EncoderAttention
 
 
@@ -33,15 +22,15 @@ class VtcCls(ScoreReducer):
     patches. Presets: vtc_cls_64, vtc_cls_128 and vtc_cls_256, the published budgets.
     """
 
-    paper: ClassVar[str] = "2412.05819"
-    parity: ClassVar[str] = "official vectors, 5 cases; 3 on a real tower"
+    paper = "2412.05819"
+    parity = "official vectors, 5 cases; 3 on a real tower"
 
     keep: Keep = 1 / 9
     start: Layer = -4
 
     def steps(self, geometry: Geometry) -> list[Step]:
         depth = geometry.encoder_layers
-        layers = range(layer_index(self.start, depth), depth - 1)
+        layers = range(geometry.encoder_layer(self.start), depth - 1)
         if not layers:
             raise ValueError(f"start={self.start} is the last of {depth} encoder layers, which never counts: lower it")
         site = AtEncoderOutput if geometry.patches_per_token == 1 else AtProjector
@@ -49,9 +38,4 @@ class VtcCls(ScoreReducer):
 
     def score(self, tokens: VisualTokens) -> Tensor:
         (step,) = self.steps(tokens.span.geometry)
-        layers = []
-        for signal in step.sees:
-            attention = tokens[signal]
-            queries = slice(None) if attention.class_token is None else attention.class_token
-            layers.append(attention.mean(queries).mean(dim=0))
-        return torch.stack(layers).sum(dim=0)
+        return torch.stack([tokens[attention].received() for attention in step.sees]).sum(dim=0)

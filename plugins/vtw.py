@@ -10,25 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
 
-from tokenreduce.reducer import (
-    AtDecoder,
-    Geometry,
-    Keep,
-    Layer,
-    NextLogits,
-    Positions,
-    Selection,
-    Span,
-    Step,
-    TokenReducer,
-    VisualTokens,
-)
+from tokenreduce.reducer import AtDecoder, Geometry, Keep, Layer, NextLogits, Positions, Span, Step, TokenReducer
 
 
 @dataclass(frozen=True)
@@ -40,8 +28,8 @@ class Vtw(TokenReducer):
     The official code takes one image and withdraws it; here the tokens of all images of a prompt go.
     """
 
-    paper: ClassVar[str] = "2405.05803"
-    parity: ClassVar[str] = "official vectors, 2 end to end, 2 of the search"
+    paper = "2405.05803"
+    parity = "official vectors, 2 end to end, 2 of the search"
 
     positions: Positions = field(default="original", kw_only=True)
     layer: Layer = 0.5
@@ -51,9 +39,6 @@ class Vtw(TokenReducer):
 
     def count(self, step: Step, span: Span) -> int:
         return 0
-
-    def select(self, step: Step, tokens: VisualTokens) -> Selection:
-        return Selection(tokens.index[:0])
 
     def with_keep(self, keep: Keep) -> Vtw:
         """``keep`` is the share of the layers that see the picture."""

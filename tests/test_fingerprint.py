@@ -168,7 +168,7 @@ def test_settings_and_class_count() -> None:
         for name, knobs in (("random", {}), ("uniform", {}), ("random", {"seed": 1}), ("random", {"keep": 0.5}))
     }
     assert len(digests) == 4
-    assert fingerprint.of(create("random")) in digests
+    assert create("random").fingerprint() in digests
 
 
 def test_this_package_counts_except_what_only_shows_answers(monkeypatch: pytest.MonkeyPatch) -> None:

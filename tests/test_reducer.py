@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tokenreduce import create
-from tokenreduce.reducer import Geometry, Grid, Span, Tile, VisualTokens, best, layer_index, tokens_to_keep
+from tokenreduce.reducer import (
+    AtProjector,
+    Geometry,
+    Grid,
+    Rounding,
+    Span,
+    Tile,
+    VisualTokens,
+    best,
+    layer_index,
+    tokens_to_keep,
+)
 from tokenreduce.signals import TokenSizes
 
 SPAN = Span(Geometry(4, 4, 2, True), (Tile(Grid(3, 3)),), 9, 9)
@@ -45,6 +58,29 @@ def test_a_count_given_as_a_float_is_explained() -> None:
 
 def test_where_fewer_tokens_are_there_all_are_kept() -> None:
     assert tokens_to_keep(145, 144) == 144
+
+
+@pytest.mark.parametrize(("rounding", "expected"), [("floor", 2), ("round", 3), ("even", 2), ("ceil", 3)])
+def test_a_step_says_how_many_it_leaves(rounding: Rounding, expected: int) -> None:
+    reducer, span = create("random"), replace(SPAN, entered=5)
+    assert reducer.count(AtProjector(keep=0.5, rounding=rounding), span) == span.keep(0.5, rounding) == expected
+    assert reducer.count(AtProjector(keep=7), span) == 5
+    assert reducer.count(AtProjector(), span) is None
+
+
+def test_tokens_give_the_best_the_others_and_all() -> None:
+    tokens = VisualTokens(torch.zeros(5, 1), SPAN, 2)
+    scores = torch.tensor([0.1, 0.9, 0.5, 0.9, 0.5])
+    assert tokens.best(scores).tolist() == [1, 3]
+    assert tokens.best(scores, 3).tolist() == [1, 2, 3]
+    assert tokens.others(tokens.best(scores)).tolist() == [0, 2, 4]
+    selection = tokens.everything(carry="kept")
+    assert (selection.index.tolist(), selection.carry) == ([0, 1, 2, 3, 4], "kept")
+
+
+def test_a_method_that_keeps_none_needs_no_choice() -> None:
+    tokens = VisualTokens(torch.zeros(5, 1), SPAN, 0)
+    assert create("vtw").select(AtProjector(), tokens).index.tolist() == []
 
 
 @pytest.mark.parametrize("value", [True, "0.25", None])

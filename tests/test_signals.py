@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -35,6 +36,12 @@ def test_rows_and_means_are_those_of_the_full_map(key_heads: int, mask: Tensor |
     torch.testing.assert_close(view.mean(), full.mean(0)[1:, 1:])
     torch.testing.assert_close(view.mean(slice(None), slice(None)), full.mean(0))
     torch.testing.assert_close(view.mean(0, slice(1, None)), full.mean(0)[:1, 1:])
+
+
+def test_attention_received_is_the_class_tokens_or_that_of_all() -> None:
+    view, full = _view(2, None)
+    torch.testing.assert_close(view.received(), full.mean(0)[0, 1:])
+    torch.testing.assert_close(replace(view, class_token=None).received(), full.mean((0, 1))[1:])
 
 
 def test_scores_order_as_probabilities_do() -> None:

@@ -187,10 +187,12 @@ class Span:
 class Step:
     """One place where a reducer acts. Its kinds, the sites, are below, in the order in which a picture passes them.
 
-    keep:     how many tokens it leaves, None for an adaptive step; :meth:`TokenReducer.count` reads it.
+    keep:     how many tokens it leaves; None for an adaptive step, and where :meth:`TokenReducer.count`, which reads
+              it, is overridden.
     rounding: what a ratio is rounded to.
     sees:     the signals that it needs.
     scope:    what one selection is about.
+    stage:    a number of the method's own, by which it tells its steps apart.
     ordered:  True if rows go on in the order of ``Selection.index``. Otherwise they do so within a picture of one tile,
               and those of several tiles, or beside newlines, go on in raster order.
     member:   which reducer of a chain it belongs to; the chain sets it.
@@ -206,6 +208,7 @@ class Step:
     rounding: Rounding = "floor"
     sees: tuple[Signal, ...] = ()
     scope: Scope = "tile"
+    stage: int = 0
     ordered: bool = False
     member: int = 0
 
@@ -363,7 +366,8 @@ class VisualTokens:
         raise ValueError(f"{signal} has one value for each of {len(values)} tiles: use tokens.each(...)")
 
     def best(self, scores: Tensor, count: int | None = None) -> Tensor:
-        """The places of the ``count`` (by default ``keep``) highest ``scores`` ``(n,)``, ascending, ties by order."""
+        """The places of the ``count`` (by default ``keep``) highest ``scores``, ascending, ties by order: ``(count,)``.
+        ``scores`` are all tokens' ``(n,)``, or those of some, among which the places then are."""
         return best(scores, self.keep if count is None else count)
 
     def others(self, places: Tensor) -> Tensor:
@@ -406,8 +410,9 @@ class TokenReducer(ABC):
 
     def __post_init__(self) -> None:
         check_knobs(self)
-        if isinstance(keep := getattr(self, "keep", None), int | float):
-            check_keep(keep)
+        for keep in (getattr(self, "keep", None), *getattr(self, "keeps", ())):
+            if isinstance(keep, int | float):
+                check_keep(keep)
 
     @abstractmethod
     def steps(self, geometry: Geometry) -> Sequence[Step]:
@@ -419,7 +424,10 @@ class TokenReducer(ABC):
         return None if step.keep is None else span.keep(step.keep, step.rounding)
 
     def select(self, step: Step, tokens: VisualTokens) -> Selection:
-        """Choose: exactly ``tokens.keep`` rows unless the step is adaptive. Not called for :class:`AtInput`."""
+        """Choose: exactly ``tokens.keep`` rows unless the step is adaptive. Not called for :class:`AtInput`, and no
+        choice where none are kept."""
+        if tokens.bounds == (0, 0):
+            return Selection(tokens.index[:0])
         raise TypeError(f"{type(self).__name__} has no step at which there are visual tokens to choose from")
 
     def positions_after(self, step: Step) -> Positions:
@@ -459,6 +467,12 @@ class TokenReducer(ABC):
     @classmethod
     def summary(cls) -> str:
         return (cls.__doc__ or "").strip().splitlines()[0]
+
+    def fingerprint(self) -> str:
+        """Digest of all that its selections come from: class, settings, code, and the files that settings name."""
+        from tokenreduce import fingerprint
+
+        return fingerprint.of(self)
 
     def knobs(self) -> dict[str, Any]:
         """The method's settings, by name."""

@@ -378,6 +378,11 @@ class Attention:
         mean = mean.mean(-1) if mean.ndim == 3 else mean
         return mean.unflatten(0, rows.shape).mean(1) if grouped else mean  # type: ignore[union-attr]
 
+    def received(self) -> Tensor:
+        """What the class token attends to, averaged over heads; without one, the mean of what all tokens attend to:
+        ``(tokens,)``."""
+        return self.mean(slice(None) if self.class_token is None else self.class_token).mean(dim=0)
+
     def _scores(self, head: int, queries: Rows) -> Tensor:
         """One head's logits in float32: ``(1, rows, keys)``."""
         queries = _many(queries)
