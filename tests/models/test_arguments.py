@@ -26,6 +26,7 @@ SITES: tuple[Step, ...] = (AtProjector(keep=1.0), AtDecoder(layer=1, keep=1.0))
 
 CORE = {
     "attention_mask",
+    "cache",
     "input_ids",
     "inputs_embeds",
     "labels",

@@ -23,6 +23,7 @@ from tokenreduce.attach.prompt import Prompt, closed_up, shorten
 from tokenreduce.attach.site import Site
 from tokenreduce.attach.views import Watched, unseen
 from tokenreduce.models.family import ModelFamily, family_of
+from tokenreduce.models.stack import cache_of
 from tokenreduce.passage import SampleReduction
 from tokenreduce.reducer import TokenReducer
 from tokenreduce.registry import MODELS, create
@@ -226,7 +227,7 @@ class Attachment:
 
     def _run(self, call: Call, original: Callable[..., Any], inputs: dict[str, Any]) -> Any:
         """One call of the model's own forward, which is a prefill where it brings visual tokens."""
-        cache, ids = inputs.get("past_key_values"), inputs.get("input_ids")
+        cache, ids = cache_of(inputs), inputs.get("input_ids")
         if encoded := inputs.get("mm_encoder_outputs"):
             contained = {
                 modality: replace(output, pooler_output=self.family.contained(output.pooler_output, modality))
@@ -235,7 +236,7 @@ class Attachment:
             inputs = {**inputs, "mm_encoder_outputs": contained}
         if not call.rows or ids is None or (cache is not None and cache.get_seq_length()):
             output = original(**inputs)
-        elif call.width is not None and ids.shape[1] > call.width and self._inside:
+        elif cache is not None and call.width is not None and ids.shape[1] > call.width and self._inside:
             output = self._speculated(call, original, inputs, call.width)
         else:
             output = self._prefilled(call, original, inputs)
@@ -361,7 +362,7 @@ class Attachment:
 
     def _earlier(self, inputs: Mapping[str, Any]) -> Prompt | None:
         """The prompt that the cache holds shortened, with what the caller writes behind it; None for a plain cache."""
-        cache: Any = inputs.get("past_key_values")
+        cache: Any = cache_of(inputs)
         found = caches.lost(cache)
         if found is None or found.prompt is None:
             return None

@@ -15,7 +15,7 @@ from tokenreduce.attach.call import Call
 from tokenreduce.attach.decoder import DecoderSite, Prefill
 from tokenreduce.attach.hooks import replaced
 from tokenreduce.attach.views import DecoderWatched
-from tokenreduce.models.stack import DecoderStack
+from tokenreduce.models.stack import DecoderStack, cache_of
 from tokenreduce.passage import Journey
 from tokenreduce.reducer import Geometry, Grid, Tile, TokenReducer
 
@@ -71,7 +71,7 @@ def reduce_decoder_tokens(
 
     def forward(original: Callable[..., Any], inputs: dict[str, Any]) -> Any:
         with Call(attachment, inputs).current() as call, ExitStack() as stack:
-            cache = inputs.get("past_key_values")
+            cache = cache_of(inputs)
             if cache is None or not cache.get_seq_length():
                 for start, end in visual_spans:
                     journey = Journey([Tile(Grid(1, end - start))])

@@ -14,6 +14,7 @@ from transformers import Cache
 
 from tokenreduce.attach.call import Call, is_calling
 from tokenreduce.attach.prompt import Prompt
+from tokenreduce.models.stack import cache_of
 
 _LOST = "_tokenreduce"
 """The attribute of a cache that holds what it lost."""
@@ -52,7 +53,7 @@ def leave(call: Call, inputs: Mapping[str, Any], output: Any) -> None:
     """Leave on the cache of a forward call what its prompts lost, once a cache and turn, so that a later turn is
     understood."""
     values = output.values() if isinstance(output, Mapping) else output
-    cache = next((each for each in (inputs.get("past_key_values"), *values) if isinstance(each, Cache)), None)
+    cache = next((each for each in (cache_of(inputs), *values) if isinstance(each, Cache)), None)
     if cache is None or cache is call.cache or (call.prompt is None and not call.stages):
         return
     given = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]

@@ -25,6 +25,7 @@ from tokenreduce.attach.prompt import closed_up
 from tokenreduce.attach.site import Site
 from tokenreduce.attach.views import DecoderSight, DecoderWatched, shown
 from tokenreduce.models.family import ModelFamily
+from tokenreduce.models.stack import cache_of
 from tokenreduce.passage import Group, Strand, Taken
 from tokenreduce.reducer import AtDecoder
 from tokenreduce.stopwatch import part
@@ -178,7 +179,7 @@ class DecoderSite(Site):
     def _before_layer(self, number: int, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         hidden, kwargs = args[0] if args else kwargs["hidden_states"], dict(kwargs)
         kwargs.pop("hidden_states", None)
-        prefill, cache = call.prefill, kwargs.get("past_key_values")
+        prefill, cache = call.prefill, cache_of(kwargs)
         if prefill is None:
             found = caches.lost(cache)
             stage = next((each for each in reversed(found.stages) if each.layer <= number), None) if found else None

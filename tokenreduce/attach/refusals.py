@@ -11,6 +11,7 @@ from torch import Tensor
 from tokenreduce.attach import caches
 from tokenreduce.attach.call import Call
 from tokenreduce.attach.generation import refuse_chunks
+from tokenreduce.models.stack import cache_of
 
 if TYPE_CHECKING:
     from tokenreduce.attach.attachment import Attachment
@@ -46,7 +47,7 @@ def check_call(attachment: Attachment, call: Call, inputs: Mapping[str, Any]) ->
             )
     if not attachment.brings_pictures(inputs) or not attachment.steps:
         return
-    cache = inputs.get("past_key_values")
+    cache = cache_of(inputs)
     if cache is not None and (cache.get_seq_length() or caches.lost(cache) is not None):
         raise ValueError("pictures in a later turn need the whole conversation again: call without past_key_values")
     if attachment.asks and attachment.question is None:

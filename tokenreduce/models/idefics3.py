@@ -87,6 +87,9 @@ class Idefics3(ModelFamily):
         sizes = [len(picture.tokens) for picture in self.pictures(inputs)]
         return [(features,) for features in torch.cat(list(rows)).split(sizes)]
 
+    def contained(self, features: list[Tensor], modality: Modality) -> Any:
+        return torch.cat(list(features))[:, None]  # some versions count features in blocks: here, of one
+
     def some(self, inputs: Inputs, pictures: slice, modality: Modality = "image") -> Inputs:
         real = _real(inputs["pixel_values"])
         tiles = [tile.sequence for picture in self.pictures(inputs)[pictures] for tile in picture.tiles]

@@ -63,7 +63,7 @@ class LlavaNextVideo(LlavaNext):
         if modality == "image":
             return super().encode(inputs)
         encoded = self.model.base_model.get_video_features(inputs["pixel_values_videos"], return_dict=True)
-        return [(features,) for features in encoded.pooler_output]
+        return [(features.flatten(0, -2),) for features in encoded.pooler_output]  # some versions give frame by frame
 
     def some(self, inputs: Inputs, pictures: slice, modality: Modality = "image") -> Inputs:
         names = ("pixel_values", "image_sizes") if modality == "image" else ("pixel_values_videos",)

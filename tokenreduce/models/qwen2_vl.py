@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 
 from tokenreduce.models.family import EncodedTile, Inputs, Modality, ModelFamily, Picture
 from tokenreduce.models.recipe import Ids, Recipe, text_settings
+from tokenreduce.models.stack import CACHE
 from tokenreduce.reducer import AtEncoder, AtEncoderOutput, AtInput, Geometry, Grid, Role, Step
 
 _NAMES: Mapping[Modality, tuple[str, str]] = {
@@ -126,7 +127,7 @@ class Qwen2VL(ModelFamily):
         return {pixels: torch.cat([picture.pixels for picture in chosen]), layout: inputs[layout][pictures]}
 
     def positions(self, inputs: Inputs) -> Tensor:
-        known = {name: value for name, value in inputs.items() if name != "past_key_values"}
+        known = {name: value for name, value in inputs.items() if name not in CACHE}
         return self.model._prepare_position_ids_for_generation(inputs["input_ids"], known)
 
     def vision_flops(self, patches: int) -> float:

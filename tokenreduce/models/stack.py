@@ -12,6 +12,14 @@ from torch import Tensor, nn
 Arguments = Mapping[str, Any]
 """Keyword arguments of the stack's or of a layer's forward call."""
 
+CACHE = ("cache", "past_key_values")
+"""The names of the key-value cache among such arguments: in transformers 5.24 and later, and in those before."""
+
+
+def cache_of(arguments: Arguments) -> Any:
+    """The key-value cache among the arguments of a call of a model, its stack or a layer; None where there is none."""
+    return next((arguments[name] for name in CACHE if arguments.get(name) is not None), None)
+
 
 class DecoderStack:
     """The stack of decoder layers of one language model; a family whose stack differs derives from it.

@@ -111,7 +111,7 @@ def ask(
     features = processor(
         text=processor.apply_chat_template(conversations, add_generation_prompt=True),
         images=[list(row) for row in images] if any(images) else None,
-        **({"videos": [film for row in films for film in row]} if any(map(len, films)) else {}),
+        **({"videos": [list(row) for row in films]} if any(map(len, films)) else {}),
         padding=True,
         padding_side="left",
         add_special_tokens=False,  # the template writes them
