@@ -23,8 +23,9 @@ class SparseVlm(TokenReducer):
     keeps:  what each pruning keeps, of the tokens that entered; at most all but one. Merged tokens come on top, stand
             behind the kept ones, and compete at the next pruning.
 
-    Instead of the official random noise of 1e-6, ties go to the token that comes first. Clusters tie whenever the two
-    densest points are each other's nearest; the later one then stands first, as in the official runs.
+    A tie between tokens goes to the one that comes first. Centres of clusters tie whenever the two densest tokens are
+    each other's nearest; they come in the order of ``torch.topk`` on a CPU, whatever the device, as in the official
+    code without its random noise of 1e-6.
     """
 
     paper = "2410.04417"
@@ -88,12 +89,12 @@ def telling(visual: Tensor, text: Tensor) -> Tensor:
 
 def cluster_and_merge(features: Tensor, clusters: int) -> tuple[Tensor, Tensor, Tensor]:
     """Density peaks among nearest neighbours: centres ``(clusters,)``, each token's cluster, the clusters' means."""
-    points, last = features.float(), len(features) - 1
+    points = features.float()
     # Not by way of a matrix product, whose rounding would decide between two tokens that are each other's nearest.
     distances = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist") / points.shape[-1] ** 0.5
     density = (-distances.topk(clusters, largest=False).values.square().mean(dim=-1)).exp()
     separation = distances.where(density > density[:, None], distances.max()).amin(dim=-1)
-    centres = last - (density * separation).flip(0).sort(descending=True, stable=True).indices[:clusters]
+    centres = (density * separation).cpu().topk(clusters).indices.to(points.device)
     cluster = distances[centres].argmin(dim=0)
     cluster[centres] = torch.arange(clusters, device=cluster.device)
     members = one_hot(cluster, clusters).T.to(points.dtype)

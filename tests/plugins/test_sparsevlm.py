@@ -136,9 +136,53 @@ def test_a_list_that_does_not_fit_the_layers_is_refused() -> None:
         SparseVlm(keeps=(300, 200, 0))
 
 
-def test_clusters_that_tie_stand_in_the_order_of_the_official_runs() -> None:
-    points = torch.tensor([[0.0, 0], [9, 0], [1, 0], [10, 0], [30, 30]])  # two pairs, equally close
+def specified(points: Tensor, clusters: int) -> tuple[list[int], list[int], Tensor]:
+    """The rule as it is written down, token by token: centres, every token's cluster, and the clusters' means."""
+    tokens = range(len(points))
+    between = torch.stack([torch.stack([(one - other).norm() for other in points]) for one in points])
+    between = between / points.shape[1] ** 0.5
+    density = torch.stack([(-(row.sort().values[:clusters] ** 2).mean()).exp() for row in between])
+    denser = [[int(other) for other in tokens if density[other] > density[token]] for token in tokens]
+    apart = torch.stack([between[token, near].min() if near else between.max() for token, near in enumerate(denser)])
+    centres = (density * apart).topk(clusters).indices.tolist()
+    nearest = [min(range(clusters), key=lambda place: float(between[centres[place], token])) for token in tokens]
+    cluster = [centres.index(token) if token in centres else nearest[token] for token in tokens]
+    members = [[token for token in tokens if cluster[token] == place] for place in range(clusters)]
+    return centres, cluster, torch.stack([points[own].sum(0) / (len(own) + 1e-6) for own in members])
+
+
+PAIRS = torch.tensor([[0.0, 0], [9, 0], [1, 0], [10, 0], [30, 30]])
+"""Two pairs of tokens that are each other's nearest, equally close, and one token far away."""
+
+
+def tied(seed: int, count: int) -> Tensor:
+    """Random tokens, some of them equal, and some on a coarse grid, where many distances are equal."""
+    points = random(count, 8, seed=seed)
+    points[count // 2 :] = points[count // 2 :].round()
+    points[-1] = points[0]
+    return points
+
+
+@pytest.mark.parametrize("clusters", [1, 2, 3, 5])
+@pytest.mark.parametrize(
+    "points",
+    [PAIRS, PAIRS.flip(0), torch.zeros(7, 3), torch.eye(6), *(tied(seed, 5 + 4 * seed) for seed in range(8))],
+    ids=lambda points: f"{len(points)}",
+)
+def test_ties_between_clusters_are_those_of_topk_on_a_cpu(points: Tensor, clusters: int) -> None:
+    centres, cluster, merged = cluster_and_merge(points, clusters)
+    expected = specified(points, clusters)
+    assert (centres.tolist(), cluster.tolist()) == expected[:2]
+    assert_equal_floats(merged, expected[2])
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_two_recycled_tokens_that_are_each_others_nearest(seed: int) -> None:
+    """The two densest of all: a close pair among tokens that are far from each other."""
+    points = 10 * random(12, 16, seed=seed)
+    points[seed] = points[11] + 0.01 * random(16, seed=seed)
     centres, cluster, merged = cluster_and_merge(points, 2)
-    assert centres.tolist() == [3, 2]
-    assert_equal_floats(merged[1], torch.tensor([0.5, 0.0]))
-    assert cluster.tolist()[:4] == [1, 0, 1, 0]
+    expected = specified(points, 2)
+    assert {seed, 11} == set(expected[0])
+    assert (centres.tolist(), cluster.tolist()) == expected[:2]
+    assert_equal_floats(merged, expected[2])
