@@ -31,6 +31,11 @@ class VisionZip(TokenReducer):
     and the ``contextual`` ones (a share of ``keep``, or a number), which stand behind the others. A contextual row is
     its patch plus the mean of those merged into it, as in the official code; the paper says average. In an encoder
     without class token, which the authors do not cover, dominant patches are those that receive most attention.
+
+    Two numbers are the official arguments, and may ask for more rows than there are patches, for which a prompt has no
+    place. With a single patch left to be contextual, all contextual rows are that one, as in the official code; with
+    several, but too few, the last one is repeated, where the official code stops with an error.
+
     Presets: visionzip_64, visionzip_128 and visionzip_192, the published budgets.
     """
 
@@ -47,9 +52,12 @@ class VisionZip(TokenReducer):
         return [AtEncoderOutput(keep=self.keep, sees=(EncoderAttention(self.layer), *class_token))]
 
     def count(self, step: Step, span: Span) -> int:
+        class_token = int(span.geometry.class_token)
         kept = span.keep(self.keep)
+        if isinstance(self.keep, int) and isinstance(self.contextual, int):
+            kept = min(self.keep, span.entered - 1 + class_token + self.contextual)
         contextual = tokens_to_keep(self.contextual, kept, "round")
-        needed = contextual + int(span.geometry.class_token)
+        needed = contextual + class_token
         if kept < needed and isinstance(self.keep, int):
             raise ValueError(
                 f"keep={self.keep} leaves {kept} rows, too few for the class token and {contextual} merged"
@@ -69,18 +77,19 @@ class VisionZip(TokenReducer):
         metric = normalize(attention.keys.float().mean(dim=0)[attention.visual], dim=-1)
         nearest = (metric[others] @ metric[targets].T).argmax(dim=1)
 
-        members = one_hot(nearest, contextual).T.float()
+        members = one_hot(nearest, len(targets)).T.float()
         means = members @ tokens.features[others].float() / members.sum(dim=1, keepdim=True).clamp(min=1)
         merged = (tokens.features[targets].float() + means).to(tokens.features.dtype)
 
-        first = kept - contextual
+        first, repeated = kept - contextual, contextual - len(targets)
         source = torch.empty(len(tokens), dtype=torch.long, device=device)
         source[dominant] = torch.arange(passed_on, first, device=device)
-        source[targets] = torch.arange(first, kept, device=device)
+        source[targets] = torch.arange(first, kept - repeated, device=device)
         source[others] = nearest + first
+        none = torch.full_like(targets, -1)
         front: list[Tensor] = [tokens[ClassToken()][None]] if passed_on else []
         return Selection(
-            torch.cat([dominant.new_full((passed_on,), -1), dominant, targets]),
-            torch.cat([*front, tokens.features[dominant], merged]),
+            torch.cat([none[:passed_on], dominant, targets, none[:1].expand(repeated)]),
+            torch.cat([*front, tokens.features[dominant], merged, merged[-1:].expand(repeated, -1)]),
             source,
         )

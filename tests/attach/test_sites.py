@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration as Model
 from transformers import StaticCache
 
-from tokenreduce import reduce_tokens
+from tokenreduce import create, reduce_tokens
 from tokenreduce.attach.bare import reduce_decoder_tokens
+from tokenreduce.models.loading import load
 from tokenreduce.reducer import (
     AtDecoder,
     AtEncoder,
@@ -41,6 +43,7 @@ from tokenreduce.signals import (
     TokenSizes,
 )
 from tokenreduce.testing import check_reducer, prompts, tiny_llava
+from tokenreduce.testing.checkpoints import ask, picture
 
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 5}
 
@@ -245,6 +248,42 @@ def test_steps_out_of_order_are_refused(llava: Model) -> None:
 
     with pytest.raises(ValueError, match="in the order of the sites"), reduce_tokens(llava, Backwards()):
         pass
+
+
+@dataclass(frozen=True)
+class OneMore(TokenReducer):
+    """Adds a row that stands for no token."""
+
+    site: Any = AtProjector
+
+    def steps(self, geometry: Geometry) -> Sequence[Step]:
+        return [self.site()]
+
+    def count(self, step: Step, span: Span) -> int:
+        return span.current + 1
+
+    def select(self, step: Step, tokens: VisualTokens) -> Selection:
+        added = tokens.features.mean(dim=0, keepdim=True)
+        index = torch.cat([tokens.index, tokens.index.new_tensor([-1])])
+        return Selection(index, torch.cat([tokens.features, added]), tokens.index)
+
+
+@pytest.mark.parametrize("site", [AtEncoderOutput, AtProjector])
+@pytest.mark.parametrize("family", ["llava", "llava_next"])
+def test_more_rows_than_a_prompt_has_places_are_refused(
+    family: str, site: type[Step], checkpoint: Callable[[str], Path]
+) -> None:
+    model, processor = load(str(checkpoint(family)))
+    message = r"OneMore leaves (\d+) rows of a tile that has (\d+) places in the prompt: keep at most \2"
+    with reduce_tokens(model, OneMore(site)), pytest.raises(ValueError, match=message):
+        model(**ask(processor, [[picture(0, 60, 40)]]))
+
+
+def test_rows_without_a_place_may_go_before_the_prompt(llava: Model) -> None:
+    chain = create("chain", reducers=[OneMore(AtEncoderOutput), create("uniform", keep=12)])
+    with torch.no_grad(), reduce_tokens(llava, chain) as attachment:
+        llava(**prompts(llava))
+    assert [len(step.index) for step in attachment.samples[0].images[0].steps] == [37, 12]
 
 
 def test_a_signal_from_another_site_is_refused(llava: Model) -> None:

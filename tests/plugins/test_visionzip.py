@@ -90,3 +90,40 @@ def test_everything_can_be_kept() -> None:
     view = stored(random(2, 1, 50).softmax(dim=-1), slice(1, None), class_token=0, keys=random(2, 50, 8))
     selection = show(reducer, step, random(49, 5), {EncoderAttention(-2): view, ClassToken(): random(5)})
     assert len(selection.index) == 49
+
+
+def test_every_patch_and_the_class_token_can_be_kept() -> None:
+    """The contextual patches then have none to be merged with, as in the official code."""
+    hidden, metric = random(10, 5), random(10, 8, seed=1)
+    index, features = zip_once(random(2, 1, 10).softmax(dim=-1), hidden, metric, dominant=7, contextual=3)
+    assert index.sort().values.tolist() == list(range(10))
+    assert features.equal(hidden[index])
+
+
+@pytest.mark.parametrize("contextual", [1, 2, 5])
+def test_a_single_patch_that_is_left_is_every_contextual_row(contextual: int) -> None:
+    """As in the official code, which gives more rows than there are patches and a class token."""
+    attention, hidden = random(2, 1, 10).softmax(dim=-1), random(10, 5)
+    index, features = zip_once(attention, hidden, random(10, 8, seed=1), dominant=9, contextual=contextual)
+    left = 1 + int(attention[:, 0, 1:].sum(dim=0).argmin())
+    assert index.tolist() == [*(place for place in range(10) if place != left), left, *[0] * (contextual - 1)]
+    assert features[:9].equal(hidden[index[:9]])
+    assert features[9:].equal(hidden[[left] * contextual])
+
+
+@pytest.mark.parametrize(("keep", "contextual"), [(14, 4), (49, 12), (50, 13), (60, 12)])
+def test_where_the_official_code_stops_this_goes_on(keep: int, contextual: int) -> None:
+    reducer = VisionZip(keep, contextual=contextual)
+    (step,) = reducer.steps(GEOMETRY)
+    view = stored(random(2, 1, 11).softmax(dim=-1), slice(1, None), class_token=0, keys=random(2, 11, 8))
+    selection = show(reducer, step, random(10, 5), {EncoderAttention(-2): view, ClassToken(): random(5)})
+    assert len(selection.index) == min(keep, 10 + contextual)
+    assert selection.sources(10).min() >= 0
+    assert sorted(place for place in selection.index.tolist() if place >= 0) == list(range(10))
+
+
+def test_more_rows_than_patches_are_refused_where_a_prompt_has_no_place_for_them() -> None:
+    (case,) = cases("e2e_visionzip")[0].values
+    assert isinstance(case, Case)
+    with pytest.raises(ValueError, match="keep=37 is more than the 36 visual tokens"):
+        encode(VisionZip(37, contextual=4), case.given["pixel_values"])

@@ -42,12 +42,20 @@ class ReducedTile:
         return ImageReduction(self.tile.grid, tuple(track.steps), self.encoded, about.role, about.picture, about.time)
 
     def places(self) -> Tensor:
-        """A token's place for every row ``(k,)``: its own, and the first free ones for rows without a token."""
-        token = self.track.token
+        """A token's place for every row ``(k,)``: its own, and the first free ones for rows without a token.
+
+        Raises ``ValueError`` where more rows are left than the tile has places in the prompt.
+        """
+        token, most = self.track.token, len(self.tile.grid)
+        if len(token) > most:
+            name = type(self.encoding.call.attachment.reducer).__name__ if self.encoding else "the reducer"
+            raise ValueError(
+                f"{name} leaves {len(token)} rows of a tile that has {most} places in the prompt: keep at most {most}"
+            )
         homeless = token < 0
         if not bool(homeless.any()):
             return token
-        free = torch.ones(len(self.tile.grid), dtype=torch.bool)
+        free = torch.ones(most, dtype=torch.bool)
         free[token[~homeless]] = False
         places = token.clone()
         places[homeless] = free.nonzero()[: int(homeless.sum()), 0]
