@@ -116,7 +116,7 @@ def test_control_c_ends_the_whole_sweep(
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tokenreduce.__main__.run", interrupted)
+    monkeypatch.setattr("tokenreduce.__main__.run_job", interrupted)
     assert sweep("reducer=pool,uniform", *QUICK, f"model.path={checkpoint}") == 130
     assert capsys.readouterr().err.count("job ") == 1
 
