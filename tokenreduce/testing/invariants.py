@@ -43,6 +43,11 @@ QUESTION = "what is in the picture ?"
 """What reducers that read the question are told."""
 
 
+Owner = tuple[int, int, int]
+"""A visual token in a sequence: its slot, the number of its tile in the prompt, below 0 for a special token, and its
+picture's."""
+
+
 class InvariantError(AssertionError):
     """A reducer, or the framework under it, does not keep an invariant."""
 
@@ -58,7 +63,7 @@ class Identity(TokenReducer):
 
     def select(self, step: Step, tokens: VisualTokens) -> Selection:
         for signal in step.sees:
-            tokens[signal]
+            tokens.each(signal)
         return Selection(torch.arange(len(tokens), device=tokens.features.device))
 
 
@@ -97,7 +102,7 @@ def identity_changes_nothing(reducer: TokenReducer, model: PreTrainedModel, inpu
     equal to those that go through together only up to rounding.
     """
     plain, tokens = _logits(model, inputs), _generate(model, inputs)
-    sites = [replace(step, keep=1.0) for step in _steps(reducer, model) if not step.resizes]
+    sites = [replace(step, keep=1.0, ordered=False) for step in _steps(reducer, model) if not step.resizes]
     for site in sites or [AtProjector(keep=1.0)]:
         with _attached(model, Identity(site=site, positions=reducer.positions_after(site))) as attachment:
             logits = _logits(model, inputs)
@@ -136,14 +141,16 @@ def counts_are_exact(reducer: TokenReducer, model: PreTrainedModel, inputs: Inpu
         tiles = [Tile(image.grid, image.role, image.picture, time=image.time) for image in sample.images]
         left: list[int] = [len(tile.grid) for tile in tiles]
         entered: list[int] = left
-        special = sample.visual_tokens - sum(entered)
+        special, inside = sample.visual_tokens - sum(entered), False
         for number, step in enumerate(steps):
             layer = step.decoder_layer(geometry)
             done = [image.steps[number] for image in sample.images]
             for image in sample.images:
                 _check_source(reducer, image, number, sample)
             after = [len(each.index) for each in done]
-            if layer is None:
+            if layer is not None and not inside:
+                entered, inside = left, True
+            if layer is None or not special:
                 for group in _groups(step, tiles):
                     here = sum(left[place] for place in group)
                     if not here:
@@ -158,9 +165,6 @@ def counts_are_exact(reducer: TokenReducer, model: PreTrainedModel, inputs: Inpu
                         for tile, count in zip(tiles, after, strict=True)
                     ]
                     entered = after
-            elif not special and step.scope == "sample" and any(left):
-                span = Span(geometry, tuple(tiles), sample.entering, sum(left))
-                _check_count(reducer, reducer.count(step, span), sum(after))
             left = after
         text = sample.lengths[0] - sample.entering
         if sample.images and not special and sample.lengths[-1] - text != sum(left):
@@ -336,17 +340,18 @@ def _literal(model: PreTrainedModel, single: Inputs, reducer: TokenReducer) -> T
     with _attached(model, _Recorded(inner=reducer, log=log)) as attachment:
         _logits(model, single)
     geometry = attachment.family.geometry
-    inside = [(step, selection) for step, selection in log if step.decoder_layer(geometry) is not None]
+    chosen = iter([selection for step, selection in log if step.decoder_layer(geometry) is not None])
     family, ids = attachment.family, single["input_ids"][0]
     decoder: Any = family.decoder
-    order, visual, levels = _entering(attachment, reducer, single)
+    order, owners, levels = _entering(attachment, reducer, single)
+    visual = [slot for slot, _, _ in owners]
     text_ids = ids.masked_fill(attachment.visual(ids), 0)
     compact = _compact(reducer, model)
     whole = family.positions(single)[..., 0, :] + family.first_position
     whole = whole.reshape(-1, len(ids))[-3:]  # three rows where positions are in space and time
     positions = _without_gaps(whole, attachment.visual(ids), order) if compact else whole[:, order]
     columns = torch.arange(len(order))
-    entering, entered = positions, list(visual)
+    entering, entered = positions, visual
     blocks = family.blocks(single)
     blocks = None if blocks is None else blocks[0, order]
     with torch.no_grad():
@@ -357,13 +362,17 @@ def _literal(model: PreTrainedModel, single: Inputs, reducer: TokenReducer) -> T
         for added, level in zip(deeper, levels[1:], strict=True):
             added[0, visual] = level
         for number, layer in enumerate(decoder.layers):
-            for step, selection in inside:
-                if step.decoder_layer(geometry) != number:
-                    continue
-                rows = hidden[0, visual][selection.index] if selection.features is None else selection.features
-                kept = [visual[place] for place in sorted(selection.index.tolist())]
-                stays = [slot for slot in range(len(columns)) if slot not in visual or slot in kept]
-                hidden[0, kept] = rows
+            for step in [each for each in reducer.steps(geometry) if each.decoder_layer(geometry) == number]:
+                groups = list(_scoped(step, owners))
+                kept = [owner for owner in owners if all(owner not in group for group in groups)]
+                for group in groups:
+                    slots, selection = [slot for slot, _, _ in group], next(chosen)
+                    index = selection.index.tolist()
+                    own = [slots[place] for place in sorted(index)]
+                    hidden[0, own] = hidden[0, slots][index] if selection.features is None else selection.features
+                    kept += [(slot, *group[place][1:]) for slot, place in zip(own, index, strict=True)]
+                left = {slot for slot, _, _ in kept}
+                stays = [slot for slot in range(len(columns)) if slot not in visual or slot in left]
                 hidden, columns, positions = hidden[:, stays], columns[stays], positions[:, stays]
                 deeper = [added[:, stays] for added in deeper]
                 blocks = None if blocks is None else blocks[stays]
@@ -371,7 +380,8 @@ def _literal(model: PreTrainedModel, single: Inputs, reducer: TokenReducer) -> T
                     flags = torch.zeros(len(order), dtype=torch.bool)
                     flags[entered] = True
                     positions = _without_gaps(entering, flags, columns)
-                visual = [stays.index(slot) for slot in kept]
+                owners = [(stays.index(slot), tile, picture) for slot, tile, picture in sorted(kept)]
+                visual = [slot for slot, _, _ in owners]
             kind = _kind(decoder, number)
             places = positions[:, None] if len(positions) > 1 else positions
             hidden = layer(
@@ -387,10 +397,20 @@ def _literal(model: PreTrainedModel, single: Inputs, reducer: TokenReducer) -> T
     return logits if cap is None else cap * (logits / cap).tanh()
 
 
-def _entering(attachment: Attachment, reducer: TokenReducer, single: Inputs) -> tuple[Tensor, list[int], list[Tensor]]:
-    """What enters the language model: for every slot the column of the prompt that it stands for, the slots of visual
-    tokens, and for every level of features those tokens' own."""
-    ids, chosen, features = single["input_ids"][0], [], []
+def _scoped(step: Step, owners: Sequence[Owner]) -> Iterator[list[Owner]]:
+    """The visual tokens in a sequence that a selection of a step is about, selection by selection."""
+    keys = [{"tile": tile, "picture": picture, "sample": 0}[step.scope] for _, tile, picture in owners]
+    for key in sorted(set(keys)):
+        if step.scope != "tile" or key >= 0:
+            yield [owner for owner, each in zip(owners, keys, strict=True) if each == key]
+
+
+def _entering(
+    attachment: Attachment, reducer: TokenReducer, single: Inputs
+) -> tuple[Tensor, list[Owner], list[Tensor]]:
+    """What enters the language model: for every slot the column of the prompt that it stands for, the visual tokens
+    among them, and for every level of features those tokens' own."""
+    ids, chosen, owned, features = single["input_ids"][0], [], [], []
     if attachment.brings_pictures(single):
         with (
             _attached(attachment.model, reducer) as again,
@@ -401,13 +421,16 @@ def _entering(attachment: Attachment, reducer: TokenReducer, single: Inputs) -> 
             (kept,), every = again.reduced(call, single)
             chosen = kept.tolist()
             features = [every[number] for number, _ in call.rows[0] if every[number]]
+            tracks = [call.journeys[0].tracks[place] for place in call.journeys[0].entered[:, 0].tolist()]
+            owned = [(max(track.number, -1), track.tile.picture) for track in tracks]
     text = (~attachment.visual(ids)).nonzero()[:, 0].tolist()
     slots = sorted(text + chosen)
     visual = [slot for slot, column in enumerate(slots) if column in set(chosen)]
     for slot, column in zip(visual, chosen, strict=True):
         slots[slot] = column
     levels = [torch.cat(level) for level in zip(*features, strict=True)]
-    return torch.tensor(slots), visual, levels
+    owners = [(slot, *owner) for slot, owner in zip(visual, owned, strict=True)]
+    return torch.tensor(slots), owners, levels
 
 
 def _without_gaps(whole: Tensor, visual: Tensor, kept: Tensor) -> Tensor:
