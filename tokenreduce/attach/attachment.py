@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tokenreduce.attach import caches, refusals, sites
+from tokenreduce.attach import caches, masks, refusals, sites
 from tokenreduce.attach.call import Call
 from tokenreduce.attach.encoding import Tower, begin, enter
 from tokenreduce.attach.generation import translated
 from tokenreduce.attach.hooks import replaced
 from tokenreduce.attach.input import takes_pictures_away
-from tokenreduce.attach.prompt import Prompt, closed_up, shorten
+from tokenreduce.attach.prompt import Prompt, positions_of, shorten
 from tokenreduce.attach.site import Site
 from tokenreduce.attach.views import Watched, unseen
 from tokenreduce.models.family import ModelFamily, family_of
@@ -118,7 +118,7 @@ class Attachment:
 
     def visual(self, input_ids: Tensor) -> Tensor:
         """Where visual tokens stand, bool as ``input_ids``."""
-        return torch.isin(input_ids, input_ids.new_tensor(list(self.family.placeholders.values())))
+        return self.family.visual(input_ids)
 
     def watched(self, site: Site) -> Watched:
         """What the signals of a site's steps ask for. Raises ``ValueError`` for what it cannot show."""
@@ -163,7 +163,7 @@ class Attachment:
             inputs = self._begun(call, inputs)
             if call.prompt is None and (earlier := self._earlier(inputs)) is not None:
                 new, call.prompt = inputs["input_ids"].shape[1], earlier
-                positions = self._positions(earlier, padding_counts=inputs.get("position_ids") is None)
+                positions = positions_of(self.family, earlier, padding_counts=inputs.get("position_ids") is None)
                 inputs = {**inputs, "attention_mask": earlier.mask, "position_ids": positions[..., -new:]}
             output = self._run(call, original, inputs)
         self._finished(call)
@@ -178,7 +178,7 @@ class Attachment:
             if call.prompt is None and (earlier := self._earlier(inputs)) is not None:
                 call.prompt = earlier
                 inputs = self._gathered(inputs, earlier)
-                inputs["position_ids"] = self._positions(earlier, padding_counts=False)
+                inputs["position_ids"] = positions_of(self.family, earlier, padding_counts=False)
             if call.prompt is not None:
                 inputs = translated(inputs, call.prompt, self.model.generation_config)
             if inputs.get("input_ids") is not None:
@@ -205,8 +205,10 @@ class Attachment:
         if self.tower is not None:
             return self._shortened(call, inputs)
         self.reduced(call, inputs)
-        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-        lengths = (torch.ones_like(ids) if mask is None else (mask != 0).long()).sum(-1).tolist()
+        mask = inputs.get("attention_mask")
+        if mask is None:
+            mask = masks.of(inputs, self.model.generation_config, call.generating)
+        lengths = (mask != 0).sum(-1).tolist()
         call.noted(call.journeys, [(length,) * self.family.geometry.decoder_layers for length in lengths])
         return inputs
 
@@ -288,19 +290,19 @@ class Attachment:
     def _shortened(self, call: Call, inputs: dict[str, Any]) -> dict[str, Any]:
         """The inputs of a call on what is left of the prompts."""
         ids, given = inputs["input_ids"], inputs.get("attention_mask")
-        mask = torch.ones_like(ids) if given is None else given
+        mask = masks.of(inputs, self.model.generation_config, call.generating) if given is None else given
         kept, features = self.reduced(call, inputs)
         positions = inputs.get("position_ids")
         if positions is None:
             positions = self.family.positions({**inputs, "attention_mask": mask})
-        prompt = shorten(ids, mask, self.visual(ids), kept, positions, self._pad(ids, mask))
+        prompt = shorten(ids, mask, self.visual(ids), kept, positions, self._pad(ids, mask), self._compact)
         call.prompt = prompt
         call.noted(call.journeys, [(length,) * self.family.geometry.decoder_layers for length in prompt.lengths])
 
         shortened = {name: value for name, value in inputs.items() if name not in self.family.vision_inputs}
         shortened = self._gathered(shortened, prompt)
         counts = not call.generating and inputs.get("position_ids") is None
-        shortened["position_ids"] = self._positions(prompt, counts)
+        shortened["position_ids"] = positions_of(self.family, prompt, counts)
         outputs = {}
         for modality in self.family.placeholders:
             own = [
@@ -322,35 +324,6 @@ class Attachment:
             for name, value in inputs.items()
         }
         return {**result, "input_ids": prompt.input_ids, "attention_mask": prompt.mask}
-
-    def _positions(self, prompt: Prompt, padding_counts: bool) -> Tensor:
-        """Position ids of a shortened prompt.
-
-        ``generate`` does not count padding, and in most models a plain forward call without position ids does: the
-        reduced call does likewise.
-        """
-        counts = padding_counts and self.family.counts_padding
-        first = self.family.first_position if padding_counts else 0
-        if counts:
-            columns = torch.arange(prompt.columns.shape[1], device=prompt.columns.device).expand(prompt.columns.shape)
-            return first + (columns if self._compact else prompt.columns)
-        if not self._compact:
-            return first + prompt.gather(prompt.positions)
-        compact = ((prompt.mask != 0).long().cumsum(-1) - 1).clamp(min=0)
-        if prompt.positions.ndim > 2:
-            return first + self._in_space(prompt, compact)
-        start = prompt.positions.gather(
-            -1, (prompt.full_mask != 0).int().argmax(-1, keepdim=True)
-        )  # any, by the caller
-        return first + start + compact
-
-    def _in_space(self, prompt: Prompt, compact: Tensor) -> Tensor:
-        """Positions in space and time, closed up, behind the plain ones ``(rows, shorter)``: ``(4, rows, shorter)``."""
-        positions = torch.cat([compact[None], prompt.gather(prompt.positions[1:])])
-        for row, visual in enumerate(self.visual(prompt.full)):
-            slots = prompt.mask[row] != 0
-            positions[1:, row, slots] = closed_up(prompt.positions[1:, row], visual, prompt.columns[row, slots])
-        return positions
 
     def _pad(self, ids: Tensor, mask: Tensor) -> int:
         """The token that stands at padding: the caller's own where there is some."""

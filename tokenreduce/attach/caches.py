@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +29,7 @@ class Lost:
     prompt: the columns that the prompt lost before the language model.
     stages: what its layers lost, from one cut to the next (:class:`tokenreduce.attach.decoder.Stage`).
     rows:   how many prompts there are.
-    width:  how many columns of the first layer are the prompts'.
+    width:  how many columns of the first layer are the prompts'; tail: how many of these, at their end, are text.
     whole:  True if nothing is lost, so that anybody may go on.
     """
 
@@ -37,11 +38,18 @@ class Lost:
     stages: Sequence[Any]
     rows: int
     width: int
+    tail: int
     whole: bool
 
     def at(self, rows: Tensor) -> Lost:
         prompt = None if self.prompt is None else self.prompt.at(rows)
         return replace(self, prompt=prompt, stages=[stage.at(rows) for stage in self.stages], rows=len(rows))
+
+    def cropped(self, count: int) -> Lost:
+        """The same without the last ``count`` columns of the prompts, which are text."""
+        prompt = None if self.prompt is None else self.prompt.cropped(count)
+        stages = [stage.cropped(count) for stage in self.stages]
+        return replace(self, prompt=prompt, stages=stages, width=self.width - count, tail=self.tail - count)
 
 
 def lost(cache: Any) -> Lost | None:
@@ -67,7 +75,17 @@ def leave(call: Call, inputs: Mapping[str, Any], output: Any) -> None:
     if not isinstance(cache, _Shortened):
         kind: Any = type(cache)
         cache.__class__ = _shortened(kind)
-    setattr(cache, _LOST, Lost(weakref.ref(call.attachment.model), prompt, stages, rows, width, whole))
+    tail = _tail(call, inputs)
+    setattr(cache, _LOST, Lost(weakref.ref(call.attachment.model), prompt, stages, rows, width, tail, whole))
+
+
+def _tail(call: Call, inputs: Mapping[str, Any]) -> int:
+    """How many columns at the end of a forward call's prompts are text in every row."""
+    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    if ids is None or (mask is not None and (mask.ndim != 2 or not bool((mask[:, -1] != 0).all()))):
+        return 0
+    visual = call.attachment.visual(ids).any(0).flip(0)
+    return int(visual.int().argmax()) if bool(visual.any()) else len(visual) - 1
 
 
 class _Shortened(Cache):
@@ -98,13 +116,14 @@ class _Shortened(Cache):
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         count = next(iter((*args, *kwargs.values())))
-        behind = self.get_seq_length() - self._tokenreduce.width
-        if count > 0 or -count > behind:
+        found, behind = self._tokenreduce, self.get_seq_length() - self._tokenreduce.width
+        if count > 0 or -count > behind + found.tail:
             raise ValueError(
-                f"crop({count}): this cache holds a shortened prompt, of which nothing can be taken back: give the "
-                f"number of later tokens to remove, at most {behind}, as a negative number"
+                f"crop({count}): this cache holds a shortened prompt, whose pictures cannot be taken back: give the "
+                f"number of tokens to remove behind them, at most {behind + found.tail}, as a negative number"
             )
         super().crop(count)
+        self._tokenreduce = found.cropped(max(0, -count - behind))
 
     def reset(self) -> None:
         """Empty the cache, which is then a plain one."""
@@ -119,6 +138,12 @@ class _Shortened(Cache):
                 "this key-value cache holds a prompt whose visual tokens were reduced, which only reduce_tokens on the "
                 "same model can go on with: call within it, or start again without past_key_values"
             )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        twin = memo[id(self)] = object.__new__(type(self))
+        for name, value in vars(self).items():
+            setattr(twin, name, copy.deepcopy(value, memo))
+        return twin
 
     def __reduce__(self) -> Any:
         state = {**vars(self), _LOST: replace(self._tokenreduce, model=None)}

@@ -67,6 +67,13 @@ class Stage:
         spatial = None if self.spatial is None else self.spatial[:, rows]
         return replace(self, columns=self.columns[rows], valid=self.valid[rows], lost=self.lost[rows], spatial=spatial)
 
+    def cropped(self, count: int) -> Stage:
+        """The same without its last ``count`` columns, of which none was cut."""
+        left = self.columns.shape[1] - count
+        spatial = None if self.spatial is None else self.spatial[..., :left]
+        columns, valid = self.columns[:, :left], self.valid[:, :left]
+        return replace(self, columns=columns, valid=valid, spatial=spatial, length=self.length - count)
+
 
 @dataclass
 class Prefill:
@@ -75,13 +82,13 @@ class Prefill:
     valid:     ``(rows, length)`` bool, false at padding.
     strands:   every row's visual tokens.
     deepstack: what the model adds to the visual tokens behind each of its first layers, ``(rows, length, dim)``.
-    padding_counts: true where no position ids were given, so that padding has positions of its own.
+    positions: ``(rows, length)`` long, the position ids that the layers are given, None where they are given none.
     prepared:  what layers behind a cut are handed, by what makes it differ.
     """
 
     valid: Tensor
     strands: list[Strand]
-    padding_counts: bool = False
+    positions: Tensor | None = None
     embeddings: Tensor | None = None
     deepstack: list[Tensor] = field(default_factory=list)
     captured: taps.Captures = field(default_factory=dict)
@@ -158,7 +165,7 @@ class DecoderSite(Site):
             Strand.entering(call.journeys[row // copies].copy(), places.nonzero()[:, 0])
             for row, places in enumerate(self.attachment.visual(ids).cpu())
         ]
-        call.prefill = prefill = Prefill(valid, strands, inputs.get("position_ids") is None)
+        call.prefill = prefill = Prefill(valid, strands)
         try:
             with taps.captured(self._watched) as prefill.captured:
                 yield
@@ -188,7 +195,7 @@ class DecoderSite(Site):
             changed = self._decoding(call, number, stage, cache, hidden, kwargs)
             return ((hidden, *args[1:]), {**kwargs, **changed}) if changed else None
         if number == 0:
-            prefill.embeddings = hidden
+            prefill.embeddings, prefill.positions = hidden, kwargs.get("position_ids")
             if cache is not None and not isinstance(cache, DynamicCache):
                 raise ValueError(f"a {type(cache).__name__} needs layers of one length: leave the cache at its default")
         if 0 < number <= len(prefill.deepstack):

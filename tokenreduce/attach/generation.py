@@ -18,8 +18,8 @@ def translated(inputs: dict[str, Any], prompt: Prompt, defaults: GenerationConfi
     prompt."""
     result = dict(inputs)
     for name, instead in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-        value = _setting(name, inputs, defaults)
-        if value and _setting(instead, inputs, defaults) is None:
+        value = setting(name, inputs, defaults)
+        if value and setting(instead, inputs, defaults) is None:
             result[name] = max(0, value - prompt.removed)
     if inputs.get("streamer") is not None:
         result["streamer"] = _Streamer(inputs["streamer"], prompt)
@@ -40,11 +40,11 @@ def translated(inputs: dict[str, Any], prompt: Prompt, defaults: GenerationConfi
 
 def refuse_chunks(inputs: Mapping[str, Any], defaults: GenerationConfig) -> None:
     """Raise ``ValueError`` where the prompt would be prefilled in chunks: one may end amid the visual tokens."""
-    if _setting("prefill_chunk_size", inputs, defaults):
+    if setting("prefill_chunk_size", inputs, defaults):
         raise ValueError("prefill_chunk_size may cut through the visual tokens: prefill the whole prompt at once")
 
 
-def _setting(name: str, inputs: Mapping[str, Any], defaults: GenerationConfig) -> Any:
+def setting(name: str, inputs: Mapping[str, Any], defaults: GenerationConfig) -> Any:
     """One generation setting, from the first place that ``generate`` looks for it."""
     for value in (
         inputs.get(name),

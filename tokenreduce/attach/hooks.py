@@ -63,14 +63,23 @@ class Method:
 
 @contextmanager
 def replaced(model: nn.Module, wrappers: dict[str, Callable[..., Any]]) -> Iterator[None]:
-    """Put wrappers in the place of a model's methods, and what was there back at the end."""
-    own = {name: vars(model)[name] for name in wrappers if name in vars(model)}  # accelerate's, for instance
-    for name, wrapper in wrappers.items():
-        setattr(model, name, Method(model, name, wrapper))
+    """Put wrappers in the place of a model's methods, and what was there back at the end.
+
+    Accelerate, for instance, has a ``forward`` of its own on the model, before or from within this context; the latter
+    calls what it found as ``_old_forward``.
+    """
+    own = {name: vars(model)[name] for name in wrappers if name in vars(model)}
+    placed = {name: Method(model, name, wrapper) for name, wrapper in wrappers.items()}
+    for name, method in placed.items():
+        setattr(model, name, method)
     try:
         yield
     finally:
-        for name in wrappers:
-            delattr(model, name)
-            if name in own:
+        for name, method in placed.items():
+            if vars(model).get(name) is not method:
+                if vars(model).get(f"_old_{name}") is method:
+                    setattr(model, f"_old_{name}", own.get(name, MethodType(getattr(type(model), name), model)))
+            elif name in own:
                 setattr(model, name, own[name])
+            else:
+                delattr(model, name)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from tokenreduce.models.family import ModelFamily
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,7 @@ class Prompt:
     mask:      ``(rows, shorter)``, in the caller's dtype: 0 at padding.
     positions: ``(..., rows, length)`` long, the position ids of the caller's columns.
     pad:       the token id to write at padding.
+    compact:   True if positions close up behind what is gone.
     """
 
     full: Tensor
@@ -27,6 +30,7 @@ class Prompt:
     mask: Tensor
     positions: Tensor
     pad: int
+    compact: bool
 
     @property
     def removed(self) -> int:
@@ -36,7 +40,7 @@ class Prompt:
     @property
     def lengths(self) -> list[int]:
         """The tokens of every row that the language model sees."""
-        return self.mask.long().sum(-1).tolist()
+        return (self.mask != 0).sum(-1).tolist()
 
     @property
     def input_ids(self) -> Tensor:
@@ -47,7 +51,19 @@ class Prompt:
         each = (self.full, self.full_mask, self.columns, self.mask)
         full, full_mask, columns, mask = (value[rows.to(value.device)] for value in each)
         positions = self.positions.index_select(-2, rows.to(self.positions.device))
-        return Prompt(full, full_mask, columns, mask, positions, self.pad)
+        return Prompt(full, full_mask, columns, mask, positions, self.pad, self.compact)
+
+    def cropped(self, count: int) -> Prompt:
+        """The same without its last ``count`` columns, of which none was taken out."""
+        left, whole = self.columns.shape[1] - count, self.full.shape[1] - count
+        return replace(
+            self,
+            full=self.full[:, :whole],
+            full_mask=self.full_mask[:, :whole],
+            columns=self.columns[:, :left],
+            mask=self.mask[:, :left],
+            positions=self.positions[..., :whole],
+        )
 
     def gather(self, values: Tensor) -> Tensor:
         """What ``values`` of shape ``(..., rows, length)`` or ``(1, length)`` hold at the remaining columns."""
@@ -75,11 +91,18 @@ class Prompt:
             torch.cat([self.mask, tail], dim=1),
             torch.cat([self.positions, self.positions.amax(-1, keepdim=True) + steps], dim=-1),
             self.pad,
+            self.compact,
         )
 
 
 def shorten(
-    input_ids: Tensor, attention_mask: Tensor, visual: Tensor, kept: Sequence[Tensor], positions: Tensor, pad: int
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    visual: Tensor,
+    kept: Sequence[Tensor],
+    positions: Tensor,
+    pad: int,
+    compact: bool,
 ) -> Prompt:
     """Keep all text and, of the visual tokens of row ``i``, those at the columns ``kept[i]`` ``(k,)``, in that order.
 
@@ -103,7 +126,30 @@ def shorten(
         packed[row, place] = columns
         packed_mask[row, place] = 1
     positions = positions.expand(*positions.shape[:-2], *input_ids.shape)
-    return Prompt(input_ids, attention_mask, packed, packed_mask, positions, pad)
+    return Prompt(input_ids, attention_mask, packed, packed_mask, positions, pad, compact)
+
+
+def positions_of(family: ModelFamily, prompt: Prompt, padding_counts: bool) -> Tensor:
+    """Position ids of a shortened prompt: ``(rows, shorter)``, or ``(4, rows, shorter)`` with those in space and time.
+
+    ``generate`` does not count padding, and in most models a plain forward call without position ids does
+    (``padding_counts``): the reduced call does likewise.
+    """
+    first = family.first_position if padding_counts else 0
+    if padding_counts and family.counts_padding:
+        columns = torch.arange(prompt.columns.shape[1], device=prompt.columns.device).expand(prompt.columns.shape)
+        return first + (columns if prompt.compact else prompt.columns)
+    if not prompt.compact:
+        return first + prompt.gather(prompt.positions)
+    compact = ((prompt.mask != 0).long().cumsum(-1) - 1).clamp(min=0)
+    if prompt.positions.ndim > 2:
+        positions = torch.cat([compact[None], prompt.gather(prompt.positions[1:])])
+        for row, visual in enumerate(family.visual(prompt.full)):
+            slots = prompt.mask[row] != 0
+            positions[1:, row, slots] = closed_up(prompt.positions[1:, row], visual, prompt.columns[row, slots])
+        return first + positions
+    first_column = (prompt.full_mask != 0).int().argmax(-1, keepdim=True)
+    return first + prompt.positions.gather(-1, first_column) + compact  # a caller's may begin anywhere
 
 
 def closed_up(positions: Tensor, visual: Tensor, columns: Tensor) -> Tensor:

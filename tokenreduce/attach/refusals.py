@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tokenreduce.attach import caches
+from tokenreduce.attach import caches, masks
 from tokenreduce.attach.call import Call
-from tokenreduce.attach.generation import refuse_chunks
+from tokenreduce.attach.decoder import DecoderSite
+from tokenreduce.attach.generation import refuse_chunks, setting
 from tokenreduce.models.stack import cache_of
 
 if TYPE_CHECKING:
@@ -45,17 +46,30 @@ def check_call(attachment: Attachment, call: Call, inputs: Mapping[str, Any]) ->
             raise ValueError(
                 f"{name} hides the visual tokens from the reducer: pass input_ids and the pictures instead"
             )
+    generation, defaults = call.generating, attachment.model.generation_config
+    cache = cache_of(inputs)
+    found, speculates = caches.lost(cache), _speculates(inputs, defaults) if generation else None
+    if speculates and inputs.get("assistant_model") is attachment.model:
+        raise ValueError(
+            "assistant_model is the model that is reduced, which cannot guess for itself: give a copy of it"
+        )
+    if found is not None and found.stages and not any(isinstance(site, DecoderSite) for site in attachment.sites):
+        raise ValueError(
+            "this key-value cache holds a prompt that was reduced inside the language model, where "
+            f"{type(attachment.reducer).__name__} does not act: go on with the reducer that it was made with"
+        )
+    if found is not None and speculates and cache.get_seq_length():
+        raise ValueError(f"{speculates} does not go with past_key_values of an earlier turn: leave one of them out")
     if not attachment.brings_pictures(inputs) or not attachment.steps:
         return
-    cache = cache_of(inputs)
-    if cache is not None and (cache.get_seq_length() or caches.lost(cache) is not None):
+    masks.check(inputs.get("attention_mask"))
+    if cache is not None and (cache.get_seq_length() or found is not None):
         raise ValueError("pictures in a later turn need the whole conversation again: call without past_key_values")
     if attachment.asks and attachment.question is None:
         name = type(attachment.reducer).__name__
         raise ValueError(f"{name} reads the question: pass question= to reduce_tokens")
-    _check_checkpointing(attachment)
-    if call.generating:
-        refuse_chunks(inputs, attachment.model.generation_config)
+    if generation:
+        refuse_chunks(inputs, defaults)
         return
     if inputs.get("labels") is not None:
         raise ValueError("labels do not fit the shortened sequence: compute the loss from the logits yourself")
@@ -65,18 +79,11 @@ def check_call(attachment: Attachment, call: Call, inputs: Mapping[str, Any]) ->
         )
 
 
-def _check_checkpointing(attachment: Attachment) -> None:
-    """A checkpointed layer runs again when gradients are computed, when no call goes on that its steps belong to."""
-    if not torch.is_grad_enabled():
-        return
-    for site in attachment.sites:
-        for module in site.modules():
-            for inner in module.modules():
-                if getattr(inner, "gradient_checkpointing", False) and inner.training:
-                    raise ValueError(
-                        f"gradient checkpointing runs layers a second time, where {type(attachment.reducer).__name__} "
-                        "would not act: call model.gradient_checkpointing_disable() first"
-                    )
+def _speculates(inputs: Mapping[str, Any], defaults: Any) -> str | None:
+    """The argument by which tokens are guessed ahead, if there is one."""
+    if inputs.get("assistant_model") is not None:
+        return "assistant_model"
+    return "prompt_lookup_num_tokens" if setting("prompt_lookup_num_tokens", inputs, defaults) else None
 
 
 def _compiled(function: Any) -> bool:

@@ -44,6 +44,16 @@ class TowerSite(Site):
         family.geometry.encoder_layer(step.layer)
         return super().refusal(step, family)
 
+    def check(self) -> None:
+        """A checkpointed layer runs again when gradients are computed, and then without the steps inside it."""
+        if not torch.is_grad_enabled() or all(step.where == "block" for step in self.steps):
+            return
+        if any(getattr(layer, "gradient_checkpointing", False) and layer.training for layer in self.modules()):
+            raise ValueError(
+                f"gradient checkpointing runs the vision encoder's layers a second time, where "
+                f"{type(self.reducer).__name__} would not act: call model.gradient_checkpointing_disable() first"
+            )
+
     @property
     def by_layer(self) -> dict[int, list[AtEncoder]]:
         """The steps of every layer that has some."""

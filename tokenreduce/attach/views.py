@@ -329,12 +329,13 @@ class DecoderSight(Sight):
         )
 
     def _lead(self) -> int:
-        """By how many positions this prompt stands behind where it would begin alone: a plain forward call counts its
-        padding."""
-        family, whole = self.call.attachment.family, self._prefill.valid[self._place]
-        if not self._prefill.padding_counts or not family.counts_padding:
+        """By how many positions this prompt stands behind where it would begin alone: a plain forward call counts the
+        padding before it."""
+        first, positions = int(self._prefill.valid[self._place].int().argmax()), self._prefill.positions
+        if positions is None:
             return 0
-        return int(whole.int().argmax())
+        alone = self.call.attachment.family.first_position
+        return int(positions.expand(self._prefill.valid.shape)[self._place, first]) - alone
 
 
 def shown(site: Site, step: Step, tiles: Sequence[Sight], whole: Sight) -> Callable[[Signal], Sequence[Any]]:

@@ -192,6 +192,10 @@ class ModelFamily(ABC):
     def vision_flops(self, patches: int) -> float:
         """FLOPs of the vision tower and the projector for one encoder sequence of ``patches`` patches."""
 
+    def visual(self, input_ids: Tensor) -> Tensor:
+        """Where visual tokens stand, bool as ``input_ids``."""
+        return torch.isin(input_ids, input_ids.new_tensor(list(self.placeholders.values())))
+
     # What a call brings, and what becomes of it.
 
     def check_call(self, inputs: Inputs) -> None:
@@ -255,10 +259,25 @@ def _comparable(setting: Any) -> Any:
     return list(setting) if isinstance(setting, list | tuple) else setting
 
 
+_INSIDE = {"get_base_model": "its get_base_model()", "_orig_mod": "its _orig_mod", "module": "its module"}
+"""Where the usual wrappers keep the model: adapters, compiled models, parallel ones."""
+
+
 def family_of(model: PreTrainedModel, families: Mapping[str, type[ModelFamily]]) -> ModelFamily:
-    """The family that serves ``model``. Raises ``ValueError`` for a class that none does."""
+    """The family that serves ``model``. Raises ``ValueError`` for a class that none does, and ``TypeError`` for what is
+    no model; of a wrapped model the message says what to pass."""
     for family in families.values():
         if type(model).__name__ in family.classes:
             return family(model)
+    for name, inside in _INSIDE.items():
+        if hasattr(model, name) and not isinstance(model, type):
+            raise ValueError(f"{type(model).__name__} wraps a model: pass {inside}, and go on calling the wrapper")
     supported = sorted(name for family in families.values() for name in family.classes)
-    raise ValueError(f"models of class {type(model).__name__} are not supported; supported: {', '.join(supported)}")
+    if isinstance(model, PreTrainedModel):
+        raise ValueError(f"models of class {type(model).__name__} are not supported; supported: {', '.join(supported)}")
+    given = f"{model!r}, a {type(model).__name__}"
+    if isinstance(model, type):
+        given = f"the class {model.__name__}, not an instance of it"
+    elif model is None:
+        given = "None"
+    raise TypeError(f"model is {given}: give a loaded model instance, of one of {', '.join(supported)}")
