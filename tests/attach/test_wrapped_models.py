@@ -444,7 +444,7 @@ def test_what_is_no_model_is_refused_clearly(model: Any, message: str) -> None:
 
 @pytest.mark.parametrize("reducer", [None, 0.5, int], ids=["None", "0.5", "another class"])
 def test_what_is_no_reducer_is_refused_clearly(llava: Model, reducer: Any) -> None:
-    refused: AbstractContextManager[Any] = pytest.raises((TypeError, ValueError), match=r"reducer.*(instance|name)")
+    refused: AbstractContextManager[Any] = pytest.raises((TypeError, ValueError), match="reducer")
     with refused, reduce_tokens(llava, reducer):
         pass
     assert "forward" not in vars(llava)
