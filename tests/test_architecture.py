@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterable, Iterator
+from difflib import unified_diff
 from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -118,7 +119,10 @@ def _first_sentence(name: str) -> str:
 
 
 def test_the_list_of_modules_is_the_tree() -> None:
-    assert sections("modules") == [module_list()], "run `python tests/test_architecture.py`"
+    (written,) = sections("modules")
+    difference = "\n".join(unified_diff(written.splitlines(), module_list().splitlines(), lineterm="", n=0))
+    if difference:
+        pytest.fail(f"run `python tests/test_architecture.py`\n{difference}", pytrace=False)
 
 
 # Names
