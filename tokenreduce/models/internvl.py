@@ -74,7 +74,7 @@ class InternVL(ModelFamily):
 
     def encode(self, inputs: Inputs, modality: Modality = "image") -> list[tuple[Tensor, ...]]:
         encoded = self.model.base_model.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True)
-        sizes = [len(picture.tokens) for picture in self.pictures(inputs)]
+        sizes = _runs(inputs["input_ids"], self.model.config.image_token_id)
         return [(features,) for features in encoded.pooler_output.flatten(0, 1).split(sizes)]
 
     def some(self, inputs: Inputs, pictures: slice, modality: Modality = "image") -> Inputs:

@@ -60,8 +60,7 @@ class VideoLlava(Llava):
         return [(features,) for features in rows]
 
     def some(self, inputs: Inputs, pictures: slice, modality: Modality = "image") -> Inputs:
-        name = "pixel_values" if modality == "image" else "pixel_values_videos"
-        return {name: _pixels(inputs, modality)[pictures]}
+        return {_name(inputs, modality): _pixels(inputs, modality)[pictures]}
 
     def contained(self, features: list[Tensor], modality: Modality) -> Any:
         return torch.cat(list(features))[None]
@@ -89,8 +88,15 @@ class VideoLlava(Llava):
         }
 
 
+def _name(inputs: Inputs, modality: Modality) -> str:
+    """What a call names the pixels of a modality's pictures: images have a new name and, in some versions of
+    transformers, only an old one."""
+    if modality == "video":
+        return "pixel_values_videos"
+    return "pixel_values" if inputs.get("pixel_values") is not None else "pixel_values_images"
+
+
 def _pixels(inputs: Inputs, modality: Modality) -> Tensor:
     """The pixels of a modality's pictures; none where the call has none of them."""
-    names = ("pixel_values", "pixel_values_images") if modality == "image" else ("pixel_values_videos",)
-    given = (inputs[name] for name in names if inputs.get(name) is not None)
-    return next(given, torch.empty(0))
+    given = inputs.get(_name(inputs, modality))
+    return torch.empty(0) if given is None else given

@@ -392,9 +392,18 @@ def _literal(model: PreTrainedModel, single: Inputs, reducer: TokenReducer) -> T
             )
             if number < len(deeper):
                 hidden = hidden + deeper[number]
-        logits = model.lm_head(decoder.norm(hidden)[0, -1])
-    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    return logits if cap is None else cap * (logits / cap).tanh()
+        return _headed(model, single, decoder.norm(hidden)[0, -1])
+
+
+def _headed(model: PreTrainedModel, single: Inputs, states: Tensor) -> Tensor:
+    """The logits ``(vocabulary,)`` that a model makes of final states ``(dim,)``: by its head, and what it does behind
+    that."""
+    head: Any = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda module, args: (states.expand_as(args[0]),))
+    try:
+        return model(**single).logits[0, -1]
+    finally:
+        hook.remove()
 
 
 def _scoped(step: Step, owners: Sequence[Owner]) -> Iterator[list[Owner]]:
