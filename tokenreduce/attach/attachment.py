@@ -98,6 +98,7 @@ class Attachment:
             hidden = {layer for watched in seen for layer in watched.hidden}
             self.tower = Tower(family, attention, hidden, any(site.one_by_one for site in self.sites))
         self.asks = any(self.watched(site).asks for site in self.sites)
+        self.standing = refusals.standing(self)
 
     @property
     def samples(self) -> list[SampleReduction]:
@@ -275,6 +276,7 @@ class Attachment:
         if "logits_to_keep" in inputs:
             first["logits_to_keep"], behind["logits_to_keep"] = 1, 0
         prompt = self._prefilled(call, original, first)
+        caches.leave(call, first, prompt)
         output = original(**behind)
         output.logits = torch.cat([prompt.logits[:, -1:], output.logits], dim=1)
         return output

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -21,58 +21,14 @@ from transformers import DynamicCache
 from tokenreduce.attach import caches, taps
 from tokenreduce.attach.call import Call
 from tokenreduce.attach.hooks import Hook
-from tokenreduce.attach.prompt import closed_up
 from tokenreduce.attach.site import Site
+from tokenreduce.attach.stage import Stage, closed_up_in, columns_of, counted
 from tokenreduce.attach.views import DecoderSight, DecoderWatched, shown
 from tokenreduce.models.family import ModelFamily
 from tokenreduce.models.stack import cache_of
 from tokenreduce.passage import Group, Strand, Taken
 from tokenreduce.reducer import AtDecoder
 from tokenreduce.stopwatch import part
-
-
-@dataclass(frozen=True)
-class Stage:
-    """The sequence from one cut to the next.
-
-    layer:   the first layer that sees it.
-    columns: ``(rows, n)`` long, the column of the whole prompt that every slot stands for; 0 at padding.
-    valid:   ``(rows, n)`` bool, false at padding; padded: true if some is.
-    lost:    ``(rows,)`` long, by how much the position ids of what follows become smaller where they close up.
-    compact: whether positions close up behind what is gone; moves: true if what follows therefore moves up.
-    length:  how wide the whole prompt is.
-    spatial: ``(3, rows, n)`` long, closed up positions in space and time, where the model has such.
-    """
-
-    layer: int
-    columns: Tensor
-    valid: Tensor
-    padded: bool
-    lost: Tensor
-    compact: bool
-    moves: bool
-    length: int
-    spatial: Tensor | None = None
-
-    @classmethod
-    def whole(cls, valid: Tensor) -> Stage:
-        """The stage before any cut."""
-        columns = torch.arange(valid.shape[1], device=valid.device).expand(valid.shape)
-        none = valid.new_zeros(len(valid), dtype=torch.long)
-        return cls(0, columns, valid, not bool(valid.all()), none, False, False, valid.shape[1])
-
-    def at(self, rows: Tensor) -> Stage:
-        """The same of some rows ``(n,)``, in that order, perhaps several times."""
-        rows = rows.to(self.valid.device)
-        spatial = None if self.spatial is None else self.spatial[:, rows]
-        return replace(self, columns=self.columns[rows], valid=self.valid[rows], lost=self.lost[rows], spatial=spatial)
-
-    def cropped(self, count: int) -> Stage:
-        """The same without its last ``count`` columns, of which none was cut."""
-        left = self.columns.shape[1] - count
-        spatial = None if self.spatial is None else self.spatial[..., :left]
-        columns, valid = self.columns[:, :left], self.valid[:, :left]
-        return replace(self, columns=columns, valid=valid, spatial=spatial, length=self.length - count)
 
 
 @dataclass
@@ -275,12 +231,13 @@ class DecoderSite(Site):
         padded, slots, valid = not bool(valid.all()), slots.to(hidden.device), valid.to(hidden.device)
         columns = stage.columns.gather(1, slots).masked_fill(~valid, 0)
         shorter = hidden.gather(1, slots[..., None].expand(rows, width, hidden.shape[-1]))
-        counted = _counted(prefill.valid, positions)
-        lost = counted.amax(-1) - counted.masked_fill(~prefill.valid, torch.iinfo(torch.long).max).amin(-1)
+        places = counted(prefill.valid, positions)
+        lost = places.amax(-1) - places.masked_fill(~prefill.valid, torch.iinfo(torch.long).max).amin(-1)
         lost = lost + 1 - valid.sum(-1)
         spatial = call.spatial if compact else None
         if spatial is not None:
-            spatial, lost = _closed_up(prefill, spatial.expand(-1, rows, -1), columns, valid)
+            visual = [strand.entered for strand in prefill.strands]
+            spatial, lost = closed_up_in(prefill.valid, spatial.expand(-1, rows, -1), visual, columns, valid)
         if prefill.stages and prefill.stages[-1].layer == number:
             prefill.stages.pop()  # two steps at one layer leave one stage
         moves = compact and bool(lost.any())
@@ -298,35 +255,21 @@ class DecoderSite(Site):
         mask, given, angles = (kwargs.get(name) for name in ("attention_mask", "position_ids", "position_embeddings"))
         key = (stage.layer, id(stage), id(mask), id(angles))
         if key not in prefill.prepared:
-            counted = _counted(prefill.valid, given)
+            places = counted(prefill.valid, given)
             if stage.compact:
-                first = counted.masked_fill(~prefill.valid, torch.iinfo(torch.long).max).amin(-1, keepdim=True)
+                first = places.masked_fill(~prefill.valid, torch.iinfo(torch.long).max).amin(-1, keepdim=True)
                 positions = first + (stage.valid.long().cumsum(-1) - 1).clamp(min=0)
                 positions = positions.masked_fill(~stage.valid, 0)
                 angles = self.stack.rotary(hidden, positions if stage.spatial is None else stage.spatial, number)
             else:
-                positions = counted.gather(1, stage.columns)
-                angles = tuple(_columns(each, stage.columns) for each in kwargs["position_embeddings"])
+                positions = places.gather(1, stage.columns)
+                angles = tuple(columns_of(each, stage.columns) for each in kwargs["position_embeddings"])
             prefill.prepared[key] = {
                 "position_ids": None if given is None else positions,
                 "position_embeddings": angles,
-                "attention_mask": self._prefill_mask(mask, stage, hidden),
+                "attention_mask": stage.shortened(mask, self.stack, hidden.dtype),
             }
         return {**kwargs, **prefill.prepared[key]}
-
-    def _prefill_mask(self, mask: Tensor | None, stage: Stage, hidden: Tensor) -> Tensor | None:
-        """The layer's own mask at the remaining rows and columns; slots of padding see themselves alone."""
-        if mask is None:
-            return self.stack.mask(_causal(stage.valid), hidden.dtype) if stage.padded else None
-        if mask.ndim == 2:
-            return stage.valid.to(mask.dtype)
-        rows, width = stage.columns.shape
-        mask = mask.expand(rows, -1, -1, -1)
-        mask = mask.gather(2, stage.columns[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
-        mask = mask.gather(3, stage.columns[:, None, None, :].expand(-1, mask.shape[1], width, -1))
-        allowed, refused = (True, False) if mask.dtype == torch.bool else (0.0, torch.finfo(mask.dtype).min)
-        mask = mask.masked_fill(~stage.valid[:, None, None, :], refused)
-        return mask.masked_fill(torch.diag_embed(~stage.valid)[:, None], allowed)
 
     def _decoding(
         self, call: Call, number: int, stage: Stage, cache: Any, hidden: Tensor, kwargs: dict[str, Any]
@@ -340,18 +283,13 @@ class DecoderSite(Site):
         width = stage.columns.shape[1]
         new = cache.get_seq_length(number) - width + queries
         changed = self._moved_up(call, number, stage, new, hidden, kwargs) if stage.moves else {}
-        mask, window = kwargs.get("attention_mask"), self.stack.sliding_window(number)
+        mask = kwargs.get("attention_mask")
         if mask is not None and mask.ndim == 2:
             changed["attention_mask"] = torch.cat([stage.valid.to(mask.dtype), mask[:, -new:]], dim=1)
         elif mask is not None or stage.padded or queries > 1 or self.stack.slides(number, width + new):
-            allowed = _causal(torch.cat([stage.valid, stage.valid.new_ones(rows, new)], dim=1))
-            if window is not None:  # counted in the whole prompt
-                behind = stage.columns.new_tensor(range(stage.length, stage.length + new)).expand(rows, new)
-                columns = torch.cat([stage.columns, behind], dim=1)
-                allowed = allowed & (columns[:, :, None] - columns[:, None, :] < window)
-                if cache.layers[number].is_sliding:  # the layer's cache holds the last keys alone
-                    allowed = allowed[..., -(min(width + new - queries, window - 1) + queries) :]
-            changed["attention_mask"] = self.stack.mask(allowed[:, -queries:], hidden.dtype)
+            slides = cache.layers[number].is_sliding
+            allowed = stage.behind(new, queries, self.stack.sliding_window(number), slides)
+            changed["attention_mask"] = self.stack.mask(allowed, hidden.dtype)
         return changed
 
     def _moved_up(
@@ -374,31 +312,3 @@ class DecoderSite(Site):
         changed = {"position_ids": None if given is None else positions, "position_embeddings": turned}
         call.moved = stage, angles, changed
         return dict(changed)
-
-
-def _counted(valid: Tensor, given: Tensor | None) -> Tensor:
-    """The position ids of the whole prompt ``(rows, length)``: those that the layers are given, or counted."""
-    return (valid.long().cumsum(-1) - 1).clamp(min=0) if given is None else given.long().expand(valid.shape)
-
-
-def _closed_up(prefill: Prefill, spatial: Tensor, columns: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions in space and time ``(3, rows, n)`` without the gaps, and by how much what follows moves up."""
-    closed = spatial.new_zeros(len(spatial), *columns.shape)
-    for row, own in enumerate(valid):
-        visual = torch.zeros_like(prefill.valid[row])
-        visual[prefill.strands[row].entered] = True
-        closed[:, row, own] = closed_up(spatial[:, row], visual, columns[row, own])
-    before = spatial.masked_fill(~prefill.valid, -1).amax((0, 2))
-    return closed, before - closed.masked_fill(~valid, -1).amax((0, 2))
-
-
-def _columns(angles: Tensor, columns: Tensor) -> Tensor:
-    """Rotary embeddings ``(rows or 1, length, dim)`` at some columns ``(rows, n)``."""
-    return angles.expand(len(columns), -1, -1).gather(1, columns[..., None].expand(-1, -1, angles.shape[-1]))
-
-
-def _causal(valid: Tensor) -> Tensor:
-    """Who may see whom, ``(rows, n, n)`` bool: everything valid up to oneself, and at padding oneself alone."""
-    width = valid.shape[1]
-    causal = torch.ones(width, width, dtype=torch.bool, device=valid.device).tril()
-    return (causal & valid[:, None, :]) | torch.diag_embed(~valid)

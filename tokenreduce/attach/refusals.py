@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenreduce.attach import caches, masks
 from tokenreduce.attach.call import Call
@@ -18,24 +17,30 @@ if TYPE_CHECKING:
     from tokenreduce.attach.attachment import Attachment
 
 
+def standing(attachment: Attachment) -> list[tuple[str, nn.Module]]:
+    """The modules that hooks stand on, and those around them, with their names: compiled, they would pass hooks by."""
+    hooked = {id(module) for site in attachment.sites for module in site.modules()}
+    if attachment.tower is not None:
+        hooked |= {id(module) for module in attachment.tower.modules()}
+    return [
+        (name or type(module).__name__, module)
+        for name, module in attachment.model.named_modules()
+        if any(id(inner) in hooked for inner in module.modules())
+    ]
+
+
 def check_model(attachment: Attachment) -> None:
     """Raise ``ValueError`` for a model whose modules do not run as they are, so that hooks would be passed by."""
-    model = attachment.model
     for site in attachment.sites:
         site.check()
-    if _compiled(model.forward):
+    name = type(attachment.model).__name__
+    compiled = [f"{name}.forward"] if hasattr(attachment.model.forward, "_torchdynamo_orig_callable") else []
+    compiled += [name for name, module in attachment.standing if module._compiled_call_impl is not None]
+    if compiled:
         raise ValueError(
-            f"{type(model).__name__}.forward was compiled, which hides what happens inside: do not compile it"
+            f"{compiled[0]} was compiled, so {type(attachment.reducer).__name__} cannot act inside it: compile the "
+            "layers' feed-forward networks instead (runtime=cuda_compile does), or nothing"
         )
-    standing = {id(module) for site in attachment.sites for module in site.modules()}
-    if attachment.tower is not None:
-        standing |= {id(module) for module in attachment.tower.modules()}
-    for name, module in model.named_modules():
-        if module._compiled_call_impl is not None and any(id(inner) in standing for inner in module.modules()):
-            raise ValueError(
-                f"{name or type(model).__name__} was compiled, so {type(attachment.reducer).__name__} cannot act "
-                "inside it: compile the layers' feed-forward networks instead (runtime=cuda_compile does), or nothing"
-            )
 
 
 def check_call(attachment: Attachment, call: Call, inputs: Mapping[str, Any]) -> None:
@@ -84,7 +89,3 @@ def _speculates(inputs: Mapping[str, Any], defaults: Any) -> str | None:
     if inputs.get("assistant_model") is not None:
         return "assistant_model"
     return "prompt_lookup_num_tokens" if setting("prompt_lookup_num_tokens", inputs, defaults) else None
-
-
-def _compiled(function: Any) -> bool:
-    return hasattr(function, "_torchdynamo_orig_callable") or isinstance(function, torch._dynamo.OptimizedModule)

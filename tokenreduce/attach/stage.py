@@ -1,0 +1,121 @@
+"""The sequence that the language model's layers see behind a cut, with its positions and masks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tokenreduce.attach.prompt import closed_up
+from tokenreduce.models.stack import DecoderStack
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The sequence from one cut to the next.
+
+    layer:   the first layer that sees it.
+    columns: ``(rows, n)`` long, the column of the whole prompt that every slot stands for; 0 at padding.
+    valid:   ``(rows, n)`` bool, false at padding; padded: true if some is.
+    lost:    ``(rows,)`` long, by how much the position ids of what follows become smaller where they close up.
+    compact: whether positions close up behind what is gone; moves: true if what follows therefore moves up.
+    length:  how wide the whole prompt is.
+    spatial: ``(3, rows, n)`` long, closed up positions in space and time, where the model has such.
+    """
+
+    layer: int
+    columns: Tensor
+    valid: Tensor
+    padded: bool
+    lost: Tensor
+    compact: bool
+    moves: bool
+    length: int
+    spatial: Tensor | None = None
+
+    @classmethod
+    def whole(cls, valid: Tensor) -> Stage:
+        """The stage before any cut."""
+        columns = torch.arange(valid.shape[1], device=valid.device).expand(valid.shape)
+        none = valid.new_zeros(len(valid), dtype=torch.long)
+        return cls(0, columns, valid, not bool(valid.all()), none, False, False, valid.shape[1])
+
+    def at(self, rows: Tensor) -> Stage:
+        """The same of some rows ``(n,)``, in that order, perhaps several times."""
+        rows = rows.to(self.valid.device)
+        spatial = None if self.spatial is None else self.spatial[:, rows]
+        return replace(self, columns=self.columns[rows], valid=self.valid[rows], lost=self.lost[rows], spatial=spatial)
+
+    def cropped(self, count: int) -> Stage:
+        """The same without its last ``count`` columns, of which none was cut."""
+        left = self.columns.shape[1] - count
+        spatial = None if self.spatial is None else self.spatial[..., :left]
+        columns, valid = self.columns[:, :left], self.valid[:, :left]
+        return replace(self, columns=columns, valid=valid, spatial=spatial, length=self.length - count)
+
+    def shortened(self, mask: Tensor | None, stack: DecoderStack, dtype: torch.dtype) -> Tensor | None:
+        """A layer's own mask of the whole prompt at the remaining rows and columns, in the form that its attention
+        kernel takes; slots of padding see themselves alone."""
+        if mask is None:
+            return stack.mask(causal(self.valid), dtype) if self.padded else None
+        if mask.ndim == 2:
+            return self.valid.to(mask.dtype)
+        rows, width = self.columns.shape
+        mask = mask.expand(rows, -1, -1, -1)
+        mask = mask.gather(2, self.columns[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+        mask = mask.gather(3, self.columns[:, None, None, :].expand(-1, mask.shape[1], width, -1))
+        allowed, refused = (True, False) if mask.dtype == torch.bool else (0.0, torch.finfo(mask.dtype).min)
+        mask = mask.masked_fill(~self.valid[:, None, None, :], refused)
+        return mask.masked_fill(torch.diag_embed(~self.valid)[:, None], allowed)
+
+    def behind(self, new: int, queries: int, window: int | None, slides: bool) -> Tensor:
+        """What the last ``queries`` of ``new`` tokens behind the prompt may see of what a layer caches.
+
+        ``(rows, queries, keys)`` bool. A ``window`` is counted in the whole prompt; where the layer ``slides``, its
+        cache holds the last keys alone.
+        """
+        (rows, width), length = self.columns.shape, self.length
+        allowed = causal(torch.cat([self.valid, self.valid.new_ones(rows, new)], dim=1))
+        if window is not None:
+            later = torch.arange(length, length + new, device=self.columns.device).expand(rows, new)
+            columns = torch.cat([self.columns, later], dim=1)
+            allowed = allowed & (columns[:, :, None] - columns[:, None, :] < window)
+            if slides:
+                allowed = allowed[..., -(min(width + new - queries, window - 1) + queries) :]
+        return allowed[:, -queries:]
+
+
+def counted(valid: Tensor, given: Tensor | None) -> Tensor:
+    """The position ids of the whole prompt ``(rows, length)``: those that the layers are given, or counted."""
+    return (valid.long().cumsum(-1) - 1).clamp(min=0) if given is None else given.long().expand(valid.shape)
+
+
+def closed_up_in(
+    whole: Tensor, spatial: Tensor, visual: Sequence[Tensor], columns: Tensor, valid: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Positions in space and time ``(3, rows, n)`` without the gaps, and by how much what follows moves up ``(rows,)``.
+
+    whole: ``(rows, length)`` bool, false at the padding of the whole prompts, whose positions ``spatial`` are; visual:
+    for every row the columns of its visual tokens; columns, valid: of what is left, as of :class:`Stage`.
+    """
+    closed = spatial.new_zeros(len(spatial), *columns.shape)
+    for row, own in enumerate(valid):
+        here = torch.zeros_like(whole[row])
+        here[visual[row]] = True
+        closed[:, row, own] = closed_up(spatial[:, row], here, columns[row, own])
+    before = spatial.masked_fill(~whole, -1).amax((0, 2))
+    return closed, before - closed.masked_fill(~valid, -1).amax((0, 2))
+
+
+def columns_of(angles: Tensor, columns: Tensor) -> Tensor:
+    """Rotary embeddings ``(rows or 1, length, dim)`` at some columns ``(rows, n)``."""
+    return angles.expand(len(columns), -1, -1).gather(1, columns[..., None].expand(-1, -1, angles.shape[-1]))
+
+
+def causal(valid: Tensor) -> Tensor:
+    """Who may see whom, ``(rows, n, n)`` bool: everything valid up to oneself, and at padding oneself alone."""
+    width = valid.shape[1]
+    causal = torch.ones(width, width, dtype=torch.bool, device=valid.device).tril()
+    return (causal & valid[:, None, :]) | torch.diag_embed(~valid)
