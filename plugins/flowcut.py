@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tokenreduce.reducer import AtEncoder, Geometry, Keep, Selection, Span, Step, TokenReducer, VisualTokens
+from tokenreduce.reducer import AtEncoder, Count, Geometry, Keep, Selection, Span, Step, TokenReducer, VisualTokens
 from tokenreduce.signals import Attention, EncoderAttention
 
 
@@ -37,11 +37,11 @@ class FlowCut(TokenReducer):
             for layer in range(last + 1)
         ]
 
-    def count(self, step: Step, span: Span) -> int | None:
+    def count(self, step: Step, span: Span) -> Count:
         target, remaining = span.keep(self.keep), step.stage
         if span.current <= target or remaining % 2:
             return span.current
-        return None if remaining else target
+        return (target, span.current) if remaining else target
 
     def select(self, step: Step, tokens: VisualTokens) -> Selection:
         target, remaining = tokens.span.keep(self.keep), step.stage

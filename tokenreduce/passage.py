@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenreduce.counts import promised
 from tokenreduce.reducer import Geometry, Grid, Role, Scope, Selection, Span, Step, Tile, TokenReducer, VisualTokens
 
 Signals = Callable[[Any], Sequence[Any]]
@@ -292,7 +293,7 @@ class Group:
         tokens = VisualTokens(
             features,
             span,
-            reducer.count(step, span),
+            promised(reducer, step, span),
             index=self._index().to(device),
             tile=owner[self.order[:, 0]].to(device),
             place=self.gathered([track.place for track in self.tracks]).to(device),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -121,6 +121,39 @@ class Means(TokenReducer):
 
 
 @dataclass(frozen=True)
+class Shuffled(TokenReducer):
+    """Keeps some tokens in an order of its own."""
+
+    scope: Scope = "picture"
+    keep: Keep = 0.6
+    ordered: bool = True
+
+    def steps(self, geometry: Geometry) -> Sequence[Step]:
+        return [AtProjector(keep=self.keep, scope=self.scope, ordered=self.ordered)]
+
+    def select(self, step: Step, tokens: VisualTokens) -> Selection:
+        return Selection(torch.randperm(len(tokens), generator=tokens.generator(0))[: tokens.keep])
+
+
+@dataclass(frozen=True)
+class Emptied(Shuffled):
+    """Shuffles once more, tile by tile, and takes away all of the prompt's first picture but for its crops."""
+
+    again: bool = True
+
+    def steps(self, geometry: Geometry) -> Sequence[Step]:
+        (first,) = super().steps(geometry)
+        return [first, replace(first, keep=None, scope="tile", ordered=self.again)]
+
+    def select(self, step: Step, tokens: VisualTokens) -> Selection:
+        if step.keep is not None:
+            return super().select(step, tokens)
+        (tile,) = tokens.span.tiles
+        gone = tile.picture == 0 and tile.role != "crop"
+        return Selection(torch.randperm(0 if gone else len(tokens), generator=tokens.generator(1)))
+
+
+@dataclass(frozen=True)
 class Inside(TokenReducer):
     """Drops and merges in two layers of the language model, behind a cut at the projector."""
 
@@ -195,9 +228,29 @@ def means(features: Tensor, source: Tensor, rows: int) -> Tensor:
     return members @ features / members.sum(-1, keepdim=True)
 
 
+def reduced(loaded: Loaded, reducer: TokenReducer, batch: dict[str, Tensor]) -> tuple[list[Tensor], Any, Call]:
+    """What enters the language model: every prompt's columns, and every picture's features."""
+    attached = reduce_tokens(loaded.model, reducer)
+    with attached as attachment, torch.no_grad(), Call(attachment, batch).current() as call:
+        return *attachment.reduced(call, batch), call
+
+
 def together(scope: Scope, pictures: Sequence[T]) -> list[list[T]]:
     """What of a prompt's pictures one joint selection is about."""
     return [list(pictures)] if scope == "sample" and pictures else [[one] for one in pictures]
+
+
+def seen_together(scope: Scope, pictures: Mapping[int, Picture]) -> list[list[tuple[int, int]]]:
+    """The picture's number and the placeholder of every token that each selection is about."""
+    tiles = [
+        [(number, place) for place in places.tolist()]
+        for number, one in pictures.items()
+        for places in torch.tensor(placeholders(one)).split([len(tile.grid) for tile in one.tiles])
+    ]
+    groups: dict[int, list[tuple[int, int]]] = {}
+    for tile, own in enumerate(tiles):
+        groups.setdefault({"tile": tile, "picture": own[0][0], "sample": 0}[scope], []).extend(own)
+    return list(groups.values())
 
 
 def placeholders(one: Picture) -> list[int]:
@@ -244,19 +297,14 @@ def test_rows_are_made_of_the_tokens_that_were_chosen(loaded: Loaded, toy: Any, 
     deeper layers of the tower add."""
     for batch in loaded.batches:
         whole, reducer = loaded.encoded(batch), Logged(inner=toy(scope=scope))
-        with (
-            reduce_tokens(loaded.model, reducer) as attachment,
-            torch.no_grad(),
-            Call(attachment, batch).current() as call,
-        ):
-            columns, features = attachment.reduced(call, batch)
+        columns, features, call = reduced(loaded, reducer, batch)
         log = iter(reducer.log)
         for row, found in zip(call.rows, columns, strict=True):
             expected: list[int] = []
             for group in together(scope, row):
                 selection = next(log).selection
                 pictures = {number: call.pictures[number].picture for number, _ in group}
-                shown = [(number, place) for number, one in pictures.items() for place in placeholders(one)]
+                (shown,) = seen_together("sample", pictures)
                 homes = {shown[token]: row for row, token in enumerate(selection.index.tolist())}
                 places = {
                     number: with_special_ones(one, [place for owner, place in homes if owner == number])
@@ -276,6 +324,46 @@ def test_rows_are_made_of_the_tokens_that_were_chosen(loaded: Loaded, toy: Any, 
                         assert all(torch.allclose(*pair, atol=1e-6) for pair in pairs)
                 expected += [column for number, own in group for column in own[places[number]].tolist()]
             assert found.tolist() == expected
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_methods_own_order_lasts_to_the_prompt(loaded: Loaded, scope: Scope, ordered: bool) -> None:
+    """Where it is declared, or where a picture is one tile without special tokens, whose places stay as they are."""
+    for batch in loaded.batches:
+        whole, reducer = loaded.encoded(batch), Logged(inner=Shuffled(scope=scope, ordered=ordered))
+        columns, features, call = reduced(loaded, reducer, batch)
+        log = iter(reducer.log)
+        for row, found in zip(call.rows, columns, strict=True):
+            pictures = {number: call.pictures[number].picture for number, _ in row}
+            chosen: dict[int, list[int]] = {number: [] for number in pictures}
+            for shown in seen_together(scope, pictures):
+                for token in next(log).selection.index.tolist():
+                    chosen[shown[token][0]].append(shown[token][1])
+            expected: list[int] = []
+            for number, own in row:
+                one, kept = pictures[number], chosen[number]
+                several = len(one.tiles) > 1 or bool((one.tokens < 0).any())
+                order = iter(sorted(kept) if several and not ordered else kept)
+                places = [next(order) if place in kept else place for place in with_special_ones(one, kept)]
+                expected += own[places].tolist()
+                for level, left in enumerate(features[number]):
+                    assert torch.equal(left, whole[number][level][places])
+            assert found.tolist() == expected
+        for positions in ("original", "compact"):
+            equals_the_literal_sequence(reducer.inner.with_positions(positions), loaded.model, batch)
+
+
+@pytest.mark.parametrize("again", [True, False])
+@pytest.mark.parametrize("scope", ["tile", "picture"])
+def test_an_order_ends_with_its_tokens(loaded: Loaded, scope: Scope, again: bool) -> None:
+    """A later step may leave nothing of a tile, or of a picture, whose tokens had an order."""
+    for batch in loaded.batches:
+        columns, features, _ = reduced(loaded, Emptied(scope=scope, again=again), batch)
+        whole = loaded.encoded(batch)
+        assert sum(map(len, columns)) == sum(len(levels[0]) for levels in features)
+        assert all(len(levels) == len(own) for levels, own in zip(features, whole, strict=True))
+        equals_the_literal_sequence(Emptied(scope=scope, again=again, positions="original"), loaded.model, batch)
 
 
 @pytest.mark.parametrize("scope", JOINT)

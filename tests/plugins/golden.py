@@ -110,7 +110,8 @@ def show(
     keep = reducer.count(step, span)
     tokens = VisualTokens(features, span, keep, index=index, signals=look, carried=carried)
     selection = reducer.select(step, tokens)
-    assert keep is None or len(selection.index) == keep
+    least, most = keep if isinstance(keep, tuple) else (keep, keep)
+    assert least is None or most is None or least <= len(selection.index) <= most
     if selection.features is not None:
         assert selection.features.shape == (len(selection.index), features.shape[-1])
     assert len(selection.sources(len(features))) == len(features)

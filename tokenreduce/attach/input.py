@@ -8,6 +8,7 @@ import torch
 
 from tokenreduce.attach.call import Call
 from tokenreduce.attach.site import Site
+from tokenreduce.counts import promised
 from tokenreduce.models.family import Inputs, ModelFamily
 from tokenreduce.passage import Group
 from tokenreduce.reducer import AtInput, Grid, Selection, Span, Tile
@@ -35,7 +36,7 @@ class InputSite(Site):
         targets: list[Grid | None] = []
         for tile in tiles:
             grid = tile.track.tile.grid
-            count = self.reducer.count(step, Span(self.family.geometry, (tile.track.tile,), len(grid), len(grid)))
+            count = promised(self.reducer, step, Span(self.family.geometry, (tile.track.tile,), len(grid), len(grid)))
             if not isinstance(count, int):
                 raise ValueError(f"{name}: a step at the input must say how many tokens it leaves")
             targets.append(grid.fit(count) if count else None)

@@ -47,12 +47,13 @@ def take_times(
     pairs: int,
     advance: Callable[[], None] = lambda: None,
     questions: Sequence[str] | None = None,
+    processor: Any = None,
 ) -> dict[str, Times]:
     """The times of every method; the first one is the reference.
 
     ``methods`` have a reducer for every prompt, or None for the plain model, which nothing is attached to. ``prompts``
     are single-row inputs of ``generate``, taken in turn until each method has been timed ``pairs`` times;
-    ``questions`` is what they ask, for reducers that read it.
+    ``questions`` is what they ask and ``processor`` the model's, for reducers that read with them.
     """
     if pairs < 1 or not prompts:
         raise ValueError(f"times need at least one pair and one prompt, not {pairs} and {len(prompts)}")
@@ -60,7 +61,7 @@ def take_times(
     for turn in range(-WARM_UP, pairs):
         place = turn % len(prompts)
         for name, reducers in methods.items():
-            with attached(model, reducers[place], questions[place] if questions else None):
+            with attached(model, reducers[place], questions[place] if questions else None, processor):
                 seconds = seconds_by_part(model, prompts[place])
             if turn >= 0:
                 taken[name].append(seconds)
@@ -128,10 +129,15 @@ def _timed(seconds: Sequence[float], reference: Sequence[float]) -> Timed:
 
 
 def attached(
-    model: PreTrainedModel, reducer: TokenReducer | None, question: str | Sequence[str] | None = None
+    model: PreTrainedModel,
+    reducer: TokenReducer | None,
+    question: str | Sequence[str] | None = None,
+    processor: Any = None,
 ) -> AbstractContextManager[Any]:
     """The reducer's context, or an empty one for the plain model."""
-    return nullcontext() if reducer is None else reduce_tokens(model, reducer, question=question)
+    if reducer is None:
+        return nullcontext()
+    return reduce_tokens(model, reducer, question=question, processor=processor)
 
 
 def peak_memory(device: torch.device, work: Callable[[], object]) -> int | None:

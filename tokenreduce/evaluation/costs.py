@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -59,19 +60,28 @@ def sample_cost(family: ModelFamily, sample: SampleReduction, causal: bool = Tru
     )
 
 
-def within_budget(model: PreTrainedModel, reducer: TokenReducer, budget: Budget, prompts: Iterable[Inputs]) -> Solution:
+def within_budget(
+    model: PreTrainedModel,
+    reducer: TokenReducer,
+    budget: Budget,
+    prompts: Iterable[Inputs],
+    questions: Sequence[str] | None = None,
+    processor: Any = None,
+) -> Solution:
     """Hold a reducer to a budget on this model (:func:`tokenreduce.budget.solve`).
 
     ``prompts`` are single-row inputs of ``generate``: the pictures and texts that costs are averaged over. An adaptive
-    reducer is run on them.
+    reducer is run on them; one that reads the question needs to be told ``questions``, and perhaps the ``processor``.
     """
     family, prompts = family_of(model, MODELS.usable()), list(prompts)
     layouts = [layout(family, inputs) for inputs in prompts]
+    asked: Sequence[str | None] = questions or [None] * len(prompts)
 
     def measure(candidate: TokenReducer) -> list[list[int]]:
         counts = []
-        for inputs in prompts:
-            with reduce_tokens(model, candidate) as attachment, torch.inference_mode():
+        for inputs, question in zip(prompts, asked, strict=True):
+            attached = reduce_tokens(model, candidate, question=question, processor=processor)
+            with attached as attachment, torch.inference_mode():
                 model(**inputs, logits_to_keep=1)
             (sample,) = attachment.samples
             text = sample.lengths[0] - sample.entering

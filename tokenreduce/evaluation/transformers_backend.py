@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -53,7 +53,7 @@ class TransformersBackend:
         inputs = self.inputs(prompts)
         started = time.perf_counter()
         shared = self._vision.recalled([prompt.id for prompt in prompts]) if share_vision else nullcontext()
-        with shared, attached(self.model, reducer, [prompt.question for prompt in prompts]) as reduction:
+        with shared, self._attached(reducer, prompts) as reduction:
             tokens = self._generate(inputs, max_new_tokens)
             reductions: list[SampleReduction] = list(reduction.samples)
         new = tokens[:, inputs["input_ids"].shape[1] :]
@@ -71,7 +71,8 @@ class TransformersBackend:
         return {"model": model_identity(self.model), "processor": processor_identity(self.processor)}
 
     def solve(self, reducer: TokenReducer, budget: Budget, prompts: Sequence[Prompt]) -> Solution:
-        return within_budget(self.model, reducer, budget, [self.inputs([prompt]) for prompt in prompts])
+        inputs, questions = [self.inputs([prompt]) for prompt in prompts], [prompt.question for prompt in prompts]
+        return within_budget(self.model, reducer, budget, inputs, questions, self.processor)
 
     def paper_flops(self, lengths: Sequence[int]) -> float:
         return flops.paper_flops(lengths, self.model.config.get_text_config())
@@ -90,11 +91,11 @@ class TransformersBackend:
         advance: Callable[[], None] = lambda: None,
     ) -> dict[str, Times]:
         inputs, questions = [self.inputs([prompt]) for prompt in prompts], [prompt.question for prompt in prompts]
-        return clock.take_times(self.model, reducers, inputs, pairs, advance, questions)
+        return clock.take_times(self.model, reducers, inputs, pairs, advance, questions, self.processor)
 
     def peak_memory(self, prompts: Sequence[Prompt], reducer: TokenReducer | None, max_new_tokens: int) -> int | None:
         inputs = self.inputs(prompts)
-        with attached(self.model, reducer, [prompt.question for prompt in prompts]):
+        with self._attached(reducer, prompts):
             return clock.peak_memory(self.model.device, partial(self._generate, inputs, max_new_tokens))
 
     def inputs(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
@@ -111,6 +112,9 @@ class TransformersBackend:
             name: tensor.to(self.model.device, self.model.dtype if tensor.is_floating_point() else None)
             for name, tensor in inputs.items()
         }
+
+    def _attached(self, reducer: TokenReducer | None, prompts: Sequence[Prompt]) -> AbstractContextManager[Any]:
+        return attached(self.model, reducer, [prompt.question for prompt in prompts], self.processor)
 
     @torch.inference_mode()
     def _generate(self, inputs: Mapping[str, Tensor], max_new_tokens: int) -> Tensor:

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from tokenreduce.reducer import Geometry, Grid, Span, Tile, VisualTokens
+from tokenreduce.reducer import Count, Geometry, Grid, Span, Tile, VisualTokens
 
 
 def visual_tokens(
     features: Tensor,
-    keep: int | None = None,
+    keep: Count = None,
     *,
     grid: Grid | None = None,
     signals: Mapping[Hashable, Any] | None = None,
@@ -21,7 +21,7 @@ def visual_tokens(
     """One picture's tokens as a step shows them.
 
     features: ``(n, dim)``.
-    keep:     how many to keep; None for an adaptive step.
+    keep:     how many to keep; a range, or None, for an adaptive step.
     grid:     their layout; by default a single row.
     signals:  what ``tokens[signal]`` gives.
     geometry: the model's; by default LLaVA-1.5-7B's.
