@@ -395,8 +395,10 @@ class Strand:
         others = torch.ones_like(self.slots, dtype=torch.bool)
         for tracks in scoped(scope, self.journey.tracks):
             places = torch.tensor([place for place, track in enumerate(self.journey.tracks) if track in tracks])
-            here = torch.isin(self.order[:, 0], places)
-            local = torch.stack([torch.searchsorted(places, self.order[here, 0]), self.order[here, 1]], dim=1)
+            here, local = torch.ones_like(others), self.order
+            if len(places) < len(self.journey.tracks):
+                here = torch.isin(self.order[:, 0], places)
+                local = torch.stack([torch.searchsorted(places, self.order[here, 0]), self.order[here, 1]], dim=1)
             group, slots = Group(self.journey, tracks, local), self.slots[here]
             taken, left = choose(group, slots)
             if bool((taken.selection.index < 0).any()):

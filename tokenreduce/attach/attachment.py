@@ -91,13 +91,14 @@ class Attachment:
         before = [step for step in self.steps if step.decoder_layer(family.geometry) is None]
         self._compact = not before or reducer.positions_after(before[-1]) == "compact"
         self._notes = threading.local()
+        seen = {site: self.watched(site) for site in self.sites}
+        self.asks = any(watched.asks for watched in seen.values())
         self.tower: Tower | None = None
         if before:
-            seen = [self.watched(site) for site in self.sites if site.before]
-            attention = {layer for watched in seen for layer in watched.attention}
-            hidden = {layer for watched in seen for layer in watched.hidden}
+            vision = [watched for site, watched in seen.items() if site.before]
+            attention = {layer for watched in vision for layer in watched.attention}
+            hidden = {layer for watched in vision for layer in watched.hidden}
             self.tower = Tower(family, attention, hidden, any(site.one_by_one for site in self.sites))
-        self.asks = any(self.watched(site).asks for site in self.sites)
         self.standing = refusals.standing(self)
 
     @property

@@ -80,8 +80,10 @@ def leave(call: Call, inputs: Mapping[str, Any], output: Any) -> None:
 
 
 def _tail(call: Call, inputs: Mapping[str, Any]) -> int:
-    """How many columns at the end of a forward call's prompts are text in every row."""
+    """How many columns at the end of a forward call's prompts, as the caller wrote them, are text in every row."""
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    if call.prompt is not None:
+        ids, mask = call.prompt.full, call.prompt.full_mask
     if ids is None or (mask is not None and (mask.ndim != 2 or not bool((mask[:, -1] != 0).all()))):
         return 0
     visual = call.attachment.visual(ids).any(0).flip(0)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -55,9 +55,14 @@ class Prefill:
         """The stage that ``layer`` sees, None before the first cut."""
         return next((stage for stage in reversed(self.stages) if stage.layer <= layer), None)
 
+    @cached_property
+    def _whole(self) -> Stage:
+        return Stage.whole(self.valid)
+
     @property
     def last(self) -> Stage:
-        return self.stages[-1] if self.stages else Stage.whole(self.valid)
+        """The stage behind the last cut, the whole prompt before the first."""
+        return self.stages[-1] if self.stages else self._whole
 
 
 class DecoderSite(Site):

@@ -30,6 +30,8 @@ def check(mask: Any) -> None:
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"attention_mask of shape {shape} cannot be shortened: give one of (rows, length)")
+    if bool((mask != 0).all()):
+        return
     begins = torch.nn.functional.pad((mask != 0).int(), (1, 0)).diff(dim=-1) == 1
     if bool((begins.sum(-1) > 1).any()):
         row = int(begins.sum(-1).argmax())

@@ -22,11 +22,12 @@ def standing(attachment: Attachment) -> list[tuple[str, nn.Module]]:
     hooked = {id(module) for site in attachment.sites for module in site.modules()}
     if attachment.tower is not None:
         hooked |= {id(module) for module in attachment.tower.modules()}
-    return [
-        (name or type(module).__name__, module)
-        for name, module in attachment.model.named_modules()
-        if any(id(inner) in hooked for inner in module.modules())
-    ]
+    modules = dict(attachment.model.named_modules())
+    around = {""}
+    for name in (name for name, module in modules.items() if id(module) in hooked):
+        parts = name.split(".")
+        around |= {".".join(parts[: place + 1]) for place in range(len(parts))}
+    return [(name or type(modules[name]).__name__, modules[name]) for name in sorted(around if hooked else ())]
 
 
 def check_model(attachment: Attachment) -> None:
