@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from tokenreduce.attach.bare import reduce_decoder_tokens
-from tokenreduce.attach.decoder import Prefill
+from tokenreduce.attach.stage import Prefill
 from tokenreduce.reducer import AtDecoder, TokenReducer
 from tokenreduce.testing import Identity
 

@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 from tokenreduce.attach import caches
 from tokenreduce.attach.call import Call
-from tokenreduce.attach.decoder import DecoderSite, Prefill
+from tokenreduce.attach.decoder import DecoderSite
 from tokenreduce.attach.hooks import replaced
+from tokenreduce.attach.stage import Prefill
 from tokenreduce.attach.views import DecoderWatched
 from tokenreduce.models.stack import DecoderStack, cache_of
 from tokenreduce.passage import Journey

@@ -21,10 +21,9 @@ from tokenreduce.passage import Journey, SampleReduction
 
 if TYPE_CHECKING:
     from tokenreduce.attach.attachment import Attachment
-    from tokenreduce.attach.decoder import Prefill
     from tokenreduce.attach.encoding import Encoding, ReducedPicture
     from tokenreduce.attach.prompt import Prompt
-    from tokenreduce.attach.stage import Stage
+    from tokenreduce.attach.stage import Prefill, Stage
 
 _calls: ContextVar[tuple[Call, ...]] = ContextVar("tokenreduce_calls", default=())
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,47 +21,13 @@ from tokenreduce.attach import caches, taps
 from tokenreduce.attach.call import Call
 from tokenreduce.attach.hooks import Hook
 from tokenreduce.attach.site import Site
-from tokenreduce.attach.stage import Stage, closed_up_in, columns_of, counted
+from tokenreduce.attach.stage import Prefill, Stage, closed_up_in, columns_of, counted
 from tokenreduce.attach.views import DecoderSight, DecoderWatched, shown
 from tokenreduce.models.family import ModelFamily
 from tokenreduce.models.stack import cache_of
 from tokenreduce.passage import Group, Strand, Taken
 from tokenreduce.reducer import AtDecoder
 from tokenreduce.stopwatch import part
-
-
-@dataclass
-class Prefill:
-    """One prefill in progress.
-
-    valid:     ``(rows, length)`` bool, false at padding.
-    strands:   every row's visual tokens.
-    deepstack: what the model adds to the visual tokens behind each of its first layers, ``(rows, length, dim)``.
-    positions: ``(rows, length)`` long, the position ids that the layers are given, None where they are given none.
-    prepared:  what layers behind a cut are handed, by what makes it differ.
-    """
-
-    valid: Tensor
-    strands: list[Strand]
-    positions: Tensor | None = None
-    embeddings: Tensor | None = None
-    deepstack: list[Tensor] = field(default_factory=list)
-    captured: taps.Captures = field(default_factory=dict)
-    stages: list[Stage] = field(default_factory=list)
-    prepared: dict[Any, dict[str, Any]] = field(default_factory=dict)
-
-    def stage(self, layer: int) -> Stage | None:
-        """The stage that ``layer`` sees, None before the first cut."""
-        return next((stage for stage in reversed(self.stages) if stage.layer <= layer), None)
-
-    @cached_property
-    def _whole(self) -> Stage:
-        return Stage.whole(self.valid)
-
-    @property
-    def last(self) -> Stage:
-        """The stage behind the last cut, the whole prompt before the first."""
-        return self.stages[-1] if self.stages else self._whole
 
 
 class DecoderSite(Site):

@@ -1,15 +1,19 @@
-"""The sequence that the language model's layers see behind a cut, with its positions and masks."""
+"""One prefill of the language model: the sequence that its layers see behind a cut, with its positions and masks."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from tokenreduce.attach import taps
 from tokenreduce.attach.prompt import closed_up
 from tokenreduce.models.stack import DecoderStack
+from tokenreduce.passage import Strand
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,40 @@ class Stage:
             if slides:
                 allowed = allowed[..., -(min(width + new - queries, window - 1) + queries) :]
         return allowed[:, -queries:]
+
+
+@dataclass
+class Prefill:
+    """One prefill in progress.
+
+    valid:     ``(rows, length)`` bool, false at padding.
+    strands:   every row's visual tokens.
+    deepstack: what the model adds to the visual tokens behind each of its first layers, ``(rows, length, dim)``.
+    positions: ``(rows, length)`` long, the position ids that the layers are given, None where they are given none.
+    prepared:  what layers behind a cut are handed, by what makes it differ.
+    """
+
+    valid: Tensor
+    strands: list[Strand]
+    positions: Tensor | None = None
+    embeddings: Tensor | None = None
+    deepstack: list[Tensor] = field(default_factory=list)
+    captured: taps.Captures = field(default_factory=dict)
+    stages: list[Stage] = field(default_factory=list)
+    prepared: dict[Any, dict[str, Any]] = field(default_factory=dict)
+
+    def stage(self, layer: int) -> Stage | None:
+        """The stage that ``layer`` sees, None before the first cut."""
+        return next((stage for stage in reversed(self.stages) if stage.layer <= layer), None)
+
+    @cached_property
+    def _whole(self) -> Stage:
+        return Stage.whole(self.valid)
+
+    @property
+    def last(self) -> Stage:
+        """The stage behind the last cut, the whole prompt before the first."""
+        return self.stages[-1] if self.stages else self._whole
 
 
 def counted(valid: Tensor, given: Tensor | None) -> Tensor:

@@ -21,9 +21,9 @@ from tokenreduce.reducer import Layer, Step, TokenReducer
 from tokenreduce.signals import Attention, Clip, Scene, Signal, Unseen
 
 if TYPE_CHECKING:
-    from tokenreduce.attach.decoder import Prefill
     from tokenreduce.attach.encoding import ReducedTile
     from tokenreduce.attach.site import Site
+    from tokenreduce.attach.stage import Prefill
 
 INSIDE = "the language model has not run yet"
 BEFORE = "the vision encoder has run by then"
