@@ -21,7 +21,7 @@ from tokenreduce.passage import ImageReduction, Journey, Track
 class ReducedTile:
     """One tile on its way.
 
-    tile:     what it was; encoded: how many patches the vision tower sees in its place.
+    tile:     what it was; encoded: how many patches the vision tower sees in its place; held: how many it holds now.
     track:    its tokens; journey: those of its prompt.
     patches:  ``(k,)`` or ``(k, group)`` where theirs stand in what the tower gives now, which merging in it renumbers.
     features: ``(k, dim)`` at the projector, and behind them what deeper layers add.
@@ -33,6 +33,7 @@ class ReducedTile:
     journey: Journey
     encoded: int
     patches: Tensor
+    held: int
     features: tuple[Tensor, ...] = ()
     encoding: Encoding | None = None
 
@@ -227,7 +228,7 @@ def begin(call: Call) -> None:
         journey = Journey([tile.described(place) for _, place, tile in tiles])
         for (number, _, tile), track in zip(tiles, journey.tracks, strict=True):
             picture = whole.setdefault(number, ReducedPicture(pictures[number], row, []))
-            picture.tiles.append(ReducedTile(tile, track, journey, tile.encoded, tile.patches))
+            picture.tiles.append(ReducedTile(tile, track, journey, tile.encoded, tile.patches, tile.encoded))
         call.journeys.append(journey)
     call.pictures = [whole[number] for number in range(len(pictures))]
 

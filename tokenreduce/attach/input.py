@@ -50,7 +50,8 @@ class InputSite(Site):
             Group(tile.journey, [tile.track]).take(step, Selection(index, source=source))
             if target is not None:
                 tile.track.resized(target)
-            tile.encoded, tile.patches = len(index), torch.arange(len(index))
+            tile.encoded = tile.held = len(index)
+            tile.patches = torch.arange(len(index))
         for journey in call.journeys:
             journey.note(self.label)
         return {**inputs, **self.family.resize(inputs, grids)} if grids else inputs

@@ -143,6 +143,6 @@ class TowerSite(Site):
             taken = group.select(self.reducer, step, features, self.family.geometry, signals, fingerprint)
             tile.journey.note(f"{self.label} {number}", [tile.track])
             rows = taken.rows(features)
-            tile.patches = torch.arange(len(rows))
+            tile.held, tile.patches = len(rows), torch.arange(len(rows))
             hidden = torch.cat([hidden[:, :class_token], rows[None]], dim=1)
         return hidden

@@ -21,12 +21,13 @@ from tokenreduce.reducer import Layer, Step, TokenReducer
 from tokenreduce.signals import Attention, Clip, Scene, Signal, Unseen
 
 if TYPE_CHECKING:
-    from tokenreduce.attach.encoding import ReducedTile
+    from tokenreduce.attach.encoding import Encoding, ReducedTile
     from tokenreduce.attach.site import Site
     from tokenreduce.attach.stage import Prefill
 
 INSIDE = "the language model has not run yet"
 BEFORE = "the vision encoder has run by then"
+UNTAPPED = "that layer has not run yet, or not through transformers' attention interface"
 
 
 class Watched:
@@ -192,7 +193,7 @@ class TowerSight(Sight):
         module = family.encoder_attention(encoding.modality)[shown]
         calls = encoding.attention[module]
         if not calls:
-            raise Unseen("the vision encoder did not run through transformers' attention interface")
+            raise Unseen(UNTAPPED)
         row, extent = tile.tile.sequence - encoding.first, tile.tile.extent
         if extent is None:
             (call,) = calls
@@ -204,6 +205,7 @@ class TowerSight(Sight):
                 for name in ("queries", "keys", "values")
             )
         class_token = self.geometry.class_token
+        self._check(queries.shape[1])
         return Attention(
             queries,
             keys,
@@ -217,13 +219,13 @@ class TowerSight(Sight):
 
     def encoder_hidden(self, layer: Layer) -> Tensor:
         encoding = self._encoding()
-        sequence = encoding.sequence(encoding.hidden[self.geometry.encoder_layer(layer)], self.tile)
+        sequence = encoding.sequence(self._hidden(layer), self.tile)
+        self._check(len(sequence))
         states = sequence[int(self.geometry.class_token) + self.tile.patches.to(sequence.device)]
         return states.mean(1) if states.ndim == 3 else states
 
     def class_token(self) -> Tensor:
-        encoding = self._encoding()
-        return encoding.sequence(encoding.hidden[self.geometry.feature_layer], self.tile)[0]
+        return self._encoding().sequence(self._hidden(self.geometry.feature_layer), self.tile)[0]
 
     def token_sizes(self) -> Tensor:
         track = self.tile.track
@@ -235,10 +237,22 @@ class TowerSight(Sight):
         question = self._question()
         return Clip(space.patches(states), space.question(question), space.words(question))
 
-    def _encoding(self) -> Any:
+    def _encoding(self) -> Encoding:
         if self.tile.encoding is None:
             raise Unseen("the vision encoder has not run yet")
         return self.tile.encoding
+
+    def _hidden(self, layer: Layer) -> Tensor:
+        """What a layer gave for all tiles that went through the encoder together."""
+        states = self._encoding().hidden.get(self.geometry.encoder_layer(layer))
+        if states is None:
+            raise Unseen("that layer has not run yet")
+        return states
+
+    def _check(self, length: int) -> None:
+        """Raise :class:`Unseen` for a layer that saw a sequence of another length than the encoder has now."""
+        if length != self.tile.held + int(self.geometry.class_token):
+            raise Unseen("that layer ran before an earlier step in the encoder, on tokens that are gone")
 
 
 class DecoderSight(Sight):
@@ -267,8 +281,16 @@ class DecoderSight(Sight):
         self._arguments, self._memo, self._place, self._slots = arguments, memo, place, slots
 
     def decoder_attention(self, layer: Layer) -> Attention:
-        calls = self._prefill.captured[self._stack.attention(self.geometry.decoder_layer(layer))]
-        return self._view(calls[-1] if calls else None, self.geometry.decoder_layer(layer))
+        number, prefill = self.geometry.decoder_layer(layer), self._prefill
+        if number >= self._layer:
+            raise Unseen(
+                f"that layer has not run yet; LookAheadAttention is what layer {self._layer} is about to attend to"
+            )
+        *_, captured = (None, *prefill.captured[self._stack.attention(number)])
+        if captured is None:
+            raise Unseen(UNTAPPED)
+        stage = prefill.stage(number)
+        return self._view(captured, (prefill.valid if stage is None else stage.valid)[self._place], number)
 
     def look_ahead(self, rotated: bool) -> Attention:
         if rotated not in self._memo:
@@ -280,7 +302,8 @@ class DecoderSight(Sight):
             with taps.captured([module], stop=True) as found, suppress(taps.Seen):
                 module(**inputs)
             (self._memo[rotated],) = found[module]
-        return self._view(self._memo[rotated], self._layer if rotated else None)
+        valid = self._prefill.last.valid[self._place]
+        return self._view(self._memo[rotated], valid, self._layer if rotated else None)
 
     def decoder_hidden(self, normed: bool) -> Tensor:
         states = self._hidden[self._place, self._sequence]
@@ -299,27 +322,27 @@ class DecoderSight(Sight):
         """The slots of this prompt, without padding: ``(sequence,)``."""
         return self._prefill.last.valid[self._place].nonzero()[:, 0]
 
-    def _view(self, captured: taps.Captured | None, rotated_by: int | None) -> Attention:
-        """One prompt's own part of an attention layer; ``rotated_by`` is the layer whose rotary embedding its keys
-        have, if any."""
+    def _view(self, captured: taps.Captured, seen: Tensor, rotated_by: int | None) -> Attention:
+        """One prompt's own part of an attention layer, which saw its tokens at the slots ``seen`` (n,) bool;
+        ``rotated_by`` is the layer whose rotary embedding its keys have, if any."""
         valid, place = self._prefill.last.valid[self._place], self._place
-        if captured is None or captured.queries.shape[2] != len(valid):
+        own, sequence = seen.nonzero()[:, 0], self._sequence
+        if len(own) != len(sequence):
             raise Unseen("that layer ran before an earlier cut, on tokens that are gone")
-        sequence = self._sequence
         number = torch.zeros_like(valid, dtype=torch.long)
         number[sequence] = torch.arange(len(sequence), device=valid.device)
         last = int(number[int(self._prefill.strands[place].slots.max())])
         mask = captured.mask
         if mask is not None:
-            mask = mask[place if len(mask) > 1 else 0, 0][sequence][:, sequence] if mask.ndim == 4 else None
-        queries, keys = captured.queries[place][:, sequence], captured.keys[place][:, sequence]
+            mask = mask[place if len(mask) > 1 else 0, 0][own][:, own] if mask.ndim == 4 else None
+        queries, keys = captured.queries[place][:, own], captured.keys[place][:, own]
         lead = 0 if rotated_by is None else self._lead()
         if lead and rotated_by is not None:  # as it is without padding before it
             queries, keys = (self._stack.rotated_back(each, lead, rotated_by) for each in (queries, keys))
         return Attention(
             queries,
             keys,
-            captured.values[place][:, sequence],
+            captured.values[place][:, own],
             captured.scale,
             visual=number[self._slots.to(valid.device)],
             text=torch.arange(last + 1, len(sequence), device=valid.device),
