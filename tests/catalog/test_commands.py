@@ -14,6 +14,7 @@ from tokenreduce.catalog import description
 from tokenreduce.catalog.__main__ import main
 from tokenreduce.reducer import AtProjector, Geometry, Selection, Step, TokenReducer, VisualTokens
 from tokenreduce.registry import BENCHMARKS, MODELS, REDUCERS, Problem
+from tokenreduce.signals import QuestionEmbeddings
 
 Run = Callable[..., "Outcome"]
 
@@ -148,6 +149,31 @@ class Awkward(TokenReducer):
 
     def select(self, step: Step, tokens: VisualTokens) -> Selection:
         return Selection(torch.randperm(len(tokens))[: tokens.keep].sort().values)
+
+
+@dataclass(frozen=True)
+class OfAll(TokenReducer):
+    """Keeps what is likest to the question in all of a picture, or twice as much of the first tile alone."""
+
+    steady: bool = True
+
+    def steps(self, geometry: Geometry) -> list[Step]:
+        return [AtProjector(keep=0.4, scope="picture", sees=(QuestionEmbeddings(),))]
+
+    def select(self, step: Step, tokens: VisualTokens) -> Selection:
+        kept = tokens.best((tokens.features @ tokens[QuestionEmbeddings()].mean(0)).float())
+        return Selection(kept if self.steady or len(tokens.span.tiles) == 1 else kept[1:])
+
+
+def test_check_shows_a_method_of_whole_pictures_some_that_are_cut_up(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(REDUCERS._loaded, "uniform", OfAll)
+    checked = run("check", "uniform")
+    assert checked.status == 0, checked.out
+    assert "passed   equals the literal sequence, on a model with tiles and frames" in checked.out
+    checked = run("check", "uniform", "steady=false")
+    assert checked.status == 1
+    assert "FAILED   counts are exact, on a model with tiles and frames" in checked.out
+    assert "passed   counts are exact, on a model with a class token" in checked.out
 
 
 def test_check_names_the_broken_promise(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

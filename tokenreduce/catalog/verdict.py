@@ -13,20 +13,23 @@ from typing import Any
 from omegaconf import OmegaConf
 from transformers import PreTrainedModel
 
-from tokenreduce.attach import reduce_tokens, sites
+from tokenreduce.attach import sites
 from tokenreduce.benchmarks.benchmark import Benchmark
-from tokenreduce.catalog.description import knobs
+from tokenreduce.catalog.description import LLAVA, knobs
 from tokenreduce.models.family import Inputs, ModelFamily
 from tokenreduce.models.loading import load
 from tokenreduce.reducer import AtProjector, TokenReducer
 from tokenreduce.registry import BENCHMARKS, MODELS, REDUCERS, Registry, create
 from tokenreduce.testing import BENCHMARK_INVARIANTS, INVARIANTS, Identity, InvariantError, prompts, tiny_llava
-from tokenreduce.testing.checkpoints import ask, picture, recipes, write_checkpoint
+from tokenreduce.testing.checkpoints import ask, picture, recipes, video, write_checkpoint
+from tokenreduce.testing.invariants import attached
 
 PASSED, REFUSED, FAILED = "passed", "refused", "FAILED"
 
 OF_KEEPING_EVERYTHING = ("identity_changes_nothing", "counts_are_exact", "equals_the_literal_sequence")
 """The invariants that say most about a family when nothing is taken away."""
+SEVERAL_TILES = "llava_next_video"
+"""The recipe of a small model that cuts up its pictures, with newlines between them, and takes videos."""
 SAMPLES = 20
 """How many of a benchmark's samples are looked at."""
 
@@ -62,11 +65,11 @@ def findings(registry: Registry[Any], name: str, settings: dict[str, Any], model
 def _reducer(reducer: TokenReducer, checkpoint: str | None) -> Iterator[Finding]:
     yield from _as_a_plugin(reducer, reducer.knobs(), REDUCERS)
     refused = 0
-    cases = _small_models() if checkpoint is None else {checkpoint: lambda: _loaded(checkpoint)}
+    cases = _small_models(reducer) if checkpoint is None else {checkpoint: lambda: _loaded(checkpoint)}
     for label, make in cases.items():
         model, batches = make()
         try:
-            with reduce_tokens(model, reducer):
+            with attached(model, reducer):
                 pass
         except ValueError as error:
             refused += 1
@@ -137,15 +140,25 @@ def _on_batches(
         check(reducer, model, batch)
 
 
-def _small_models() -> dict[str, Callable[[], Case]]:
+def _small_models(reducer: TokenReducer) -> dict[str, Callable[[], Case]]:
+    """The models that a reducer is checked on: where it sees several tiles at once, one that has such too."""
+
     def case(**options: Any) -> Case:
         model = tiny_llava(**options)
         return model, [prompts(model, images) for images in ([1], [1, 3, 0])]
 
-    return {
+    def several() -> Case:
+        with TemporaryDirectory() as folder:
+            model, processor = load(str(write_checkpoint(SEVERAL_TILES, folder)))
+        films = ask(processor, [[], [picture(0, 50, 50)]], [[video(0, 4, 40, 60)], [video(1, 4, 40, 60)]])
+        return model, [ask(processor, [[picture(0, 30, 90)], [], [picture(1, 60, 40), picture(2, 50, 50)]]), films]
+
+    cases: dict[str, Callable[[], Case]] = {
         "a model with a class token": case,
         "a model without a class token and with grouped keys": partial(case, tower="siglip", key_heads=2),
     }
+    before = [step for step in reducer.steps(LLAVA) if step.decoder_layer(LLAVA) is None]
+    return cases | ({"a model with tiles and frames": several} if any(step.scope != "tile" for step in before) else {})
 
 
 def _loaded(checkpoint: str, attention: str = "sdpa") -> Case:

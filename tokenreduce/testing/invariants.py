@@ -104,7 +104,7 @@ def identity_changes_nothing(reducer: TokenReducer, model: PreTrainedModel, inpu
     plain, tokens = _logits(model, inputs), _generate(model, inputs)
     sites = [replace(step, keep=1.0, ordered=False) for step in _steps(reducer, model) if not step.resizes]
     for site in sites or [AtProjector(keep=1.0)]:
-        with _attached(model, Identity(site=site, positions=reducer.positions_after(site))) as attachment:
+        with attached(model, Identity(site=site, positions=reducer.positions_after(site))) as attachment:
             logits = _logits(model, inputs)
             pictures = sum(len(sample.images) for sample in attachment.samples)
             singly = any(each.one_by_one for each in attachment.sites)
@@ -120,7 +120,7 @@ def model_is_left_untouched(reducer: TokenReducer, model: PreTrainedModel, input
     before = _logits(model, inputs)
     attributes = set(vars(model))
     try:
-        with _attached(model, reducer):
+        with attached(model, reducer):
             _logits(model, inputs)
             raise KeyboardInterrupt
     except KeyboardInterrupt:
@@ -133,7 +133,7 @@ def model_is_left_untouched(reducer: TokenReducer, model: PreTrainedModel, input
 def counts_are_exact(reducer: TokenReducer, model: PreTrainedModel, inputs: Inputs) -> None:
     """Every scope keeps what ``count`` promised, and every layer's key-value cache has the prompt's reported length."""
     cache = DynamicCache()
-    with _attached(model, reducer) as attachment:
+    with attached(model, reducer) as attachment:
         _call(model, inputs, past_key_values=cache)
     geometry = attachment.family.geometry
     steps = reducer.steps(geometry)
@@ -184,12 +184,12 @@ def neighbours_do_not_matter(reducer: TokenReducer, model: PreTrainedModel, inpu
         return
     steps = _steps(reducer, model)
     plain = _logits(model, inputs)[:, -1]
-    with _attached(model, reducer) as attachment:
+    with attached(model, reducer) as attachment:
         reduced = _logits(model, _positioned(inputs, attachment))[:, -1]
         together = attachment.samples
     for row, single in enumerate(_rows(inputs, attachment)):
         plain_gap = (_logits(model, single)[0, -1] - plain[row]).abs().max()
-        with _attached(model, reducer) as alone:
+        with attached(model, reducer) as alone:
             gap = (_logits(model, single)[0, -1] - reduced[row]).abs().max()
         if together[row].images and alone.samples != [together[row]]:
             inside = any(step.decoder_layer(attachment.family.geometry) is not None for step in steps)
@@ -205,7 +205,7 @@ def neighbours_do_not_matter(reducer: TokenReducer, model: PreTrainedModel, inpu
 
 def runs_repeat(reducer: TokenReducer, model: PreTrainedModel, inputs: Inputs) -> None:
     """The same call gives the same selection and the same logits."""
-    with _attached(model, reducer) as attachment:
+    with attached(model, reducer) as attachment:
         logits, samples = _logits(model, inputs), attachment.samples
         _same(logits, _logits(model, inputs), "logits of a second run")
     if attachment.samples != samples:
@@ -214,7 +214,7 @@ def runs_repeat(reducer: TokenReducer, model: PreTrainedModel, inputs: Inputs) -
 
 def equals_the_literal_sequence(reducer: TokenReducer, model: PreTrainedModel, inputs: Inputs) -> None:
     """The language model computes what a plain loop over its layers computes on the tokens that stay."""
-    with _attached(model, reducer) as attachment:
+    with attached(model, reducer) as attachment:
         reduced = _logits(model, _positioned(inputs, attachment))[:, 0]
         rows = list(_rows(inputs, attachment))
     for row, single in enumerate(rows):
@@ -224,7 +224,7 @@ def equals_the_literal_sequence(reducer: TokenReducer, model: PreTrainedModel, i
 def dropping_equals_masking(reducer: TokenReducer, model: PreTrainedModel, inputs: Inputs) -> None:
     """Plain dropping at the projector with original positions equals the full-length model with the dropped tokens
     masked."""
-    with _attached(model, reducer.with_positions("original")) as attachment:
+    with attached(model, reducer.with_positions("original")) as attachment:
         reduced = _logits(model, inputs)
         if not attachment.drops_only:
             return
@@ -243,7 +243,7 @@ def dropping_equals_masking(reducer: TokenReducer, model: PreTrainedModel, input
 def dtype_is_kept(reducer: TokenReducer, model: PreTrainedModel, inputs: Inputs) -> None:
     """Logits keep the plain model's dtype and device."""
     plain = _logits(model, inputs)
-    with _attached(model, reducer):
+    with attached(model, reducer):
         reduced = _logits(model, inputs)
     if (reduced.dtype, reduced.device) != (plain.dtype, plain.device):
         raise InvariantError(f"logits became {reduced.dtype} on {reduced.device}, from {plain.dtype} on {plain.device}")
@@ -290,8 +290,16 @@ def _check_source(reducer: TokenReducer, image: ImageReduction, number: int, sam
         raise InvariantError(f"{reducer}: a token went into row {max(done.source)} of {len(done.index)}")
 
 
-def _attached(model: PreTrainedModel, reducer: TokenReducer) -> AbstractContextManager[Attachment]:
-    return reduce_tokens(model, reducer, question=QUESTION)
+class _Reading:
+    """Stands in for a processor, to whoever wants the question's tokens: a word's is the one of its length."""
+
+    def tokenizer(self, text: str, **_: Any) -> dict[str, Tensor]:
+        return {"input_ids": torch.tensor([[len(word) for word in text.split()]])}
+
+
+def attached(model: PreTrainedModel, reducer: TokenReducer) -> AbstractContextManager[Attachment]:
+    """A reducer in a model, with what one that reads needs to be told."""
+    return reduce_tokens(model, reducer, question=QUESTION, processor=_Reading())
 
 
 def _call(model: PreTrainedModel, inputs: Inputs, **options: Any) -> Any:
@@ -337,7 +345,7 @@ def _rows(inputs: Inputs, attachment: Attachment) -> Iterator[dict[str, Any]]:
 def _literal(model: PreTrainedModel, single: Inputs, reducer: TokenReducer) -> Tensor:
     """The last logits of one sample, ``(vocabulary,)``: embeddings, position ids and layers put together by hand."""
     log: list[tuple[Step, Selection]] = []
-    with _attached(model, _Recorded(inner=reducer, log=log)) as attachment:
+    with attached(model, _Recorded(inner=reducer, log=log)) as attachment:
         _logits(model, single)
     geometry = attachment.family.geometry
     chosen = iter([selection for step, selection in log if step.decoder_layer(geometry) is not None])
@@ -422,7 +430,7 @@ def _entering(
     ids, chosen, owned, features = single["input_ids"][0], [], [], []
     if attachment.brings_pictures(single):
         with (
-            _attached(attachment.model, reducer) as again,
+            attached(attachment.model, reducer) as again,
             torch.no_grad(),
             Call(again, dict(single)).current() as call,
         ):
