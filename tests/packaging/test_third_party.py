@@ -17,8 +17,60 @@ from .test_tutorial import blocks
 
 pytestmark = pytest.mark.xdist_group("installed")
 
-PACKAGES = ("brightest", "greys", "ours", "wrecked")
+PACKAGES = ("brightest", "glance", "greys", "ours", "wrecked")
 QUICK = "benchmark.limit=6 evaluation.random_seeds=1 evaluation.timing_pairs=0 evaluation.pictures=0 tracking=none"
+GLANCE = {
+    "pyproject.toml": """
+[build-system]
+requires = ["setuptools>=77"]
+build-backend = "setuptools.build_meta"
+
+[project]
+name = "glance"
+version = "1.0"
+
+[project.entry-points."tokenreduce.reducers"]
+glance = "glance:Glance"
+""",
+    "src/glance/__init__.py": '''
+from dataclasses import dataclass
+
+import torch
+
+from tokenreduce.reducer import AtProjector, Geometry, Keep, ScoreReducer, Step, VisualTokens
+from tokenreduce.signals import Signal, View, Watch
+
+
+@dataclass(frozen=True)
+class Contrast(Signal):
+    """How much the pixels that every token of a picture shows differ, times how long a layer's states are."""
+
+    layer: float = 0.5
+
+    def watch(self, watch: Watch) -> None:
+        watch.encoder_hidden(self.layer)
+
+    def value(self, view: View) -> torch.Tensor:
+        (tile,), (pixels,) = view.scene.tiles, view.scene.pixels
+        rows = pixels.float().squeeze(0).tensor_split(tile.grid.height, dim=1)
+        cells = [cell for row in rows for cell in row.tensor_split(tile.grid.width, dim=2)]
+        return torch.stack([cell.std() for cell in cells]) * view.encoder_hidden(self.layer).norm(dim=-1)
+
+
+@dataclass(frozen=True)
+class Glance(ScoreReducer):
+    """Keeps what catches the eye."""
+
+    keep: Keep = 0.5
+
+    def steps(self, geometry: Geometry) -> list[Step]:
+        return [AtProjector(keep=self.keep, sees=(Contrast(),))]
+
+    def score(self, tokens: VisualTokens) -> torch.Tensor:
+        return tokens[Contrast()]
+''',
+}
+"""A package with a signal of its own."""
 WRECKED = """
 [build-system]
 requires = ["setuptools>=77"]
@@ -50,6 +102,10 @@ def folder(environment: Environment, tmp_path: Path) -> Iterator[Path]:
             file = sources / block.title
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(block.text, encoding="utf-8")
+    for name, text in GLANCE.items():
+        file = sources / "glance" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
     broken = sources / "wrecked" / "src" / "wrecked" / "conf"
     broken.mkdir(parents=True)
     (sources / "wrecked" / "pyproject.toml").write_text(WRECKED)
@@ -84,7 +140,8 @@ def answers(output: Path, reducer: str) -> list[list[tuple[str, str | None, tupl
 
 
 def test_they_work_in_the_processes_of_any_launcher(environment: Environment, folder: Path) -> None:
-    """Two processes share one evaluation; two workers have a job each, the second of which is a preset's."""
+    """Two processes share one evaluation; two workers share the jobs of a sweep, one of a preset, and one of a method
+    that sees by a signal of its own package."""
     ours = f"model.path=fine_tune benchmark=greys benchmark.cards=9 {QUICK}"
     # Where there is no GPU, this option is how accelerate starts several processes without MPI.
     options = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
@@ -100,8 +157,14 @@ def test_they_work_in_the_processes_of_any_launcher(environment: Environment, fo
 
     printed = environment.run(
         f"python -m tokenreduce -m launcher=joblib hydra.launcher.n_jobs=2 output=sweep {ours}"
-        " 'reducer=brightest_64,brightest' reducer.keep=9",
+        " 'reducer=brightest_64,brightest,glance' reducer.keep=9",
         folder,
     )
     shared, swept = answers(folder / "shared", "brightest"), answers(folder / "sweep", "brightest")
     assert shared[0] in swept
+    (glanced,) = answers(folder / "sweep", "glance")
+    assert {len(index) for _, _, index in glanced} == {9}
+    assert [index for _, _, index in glanced] != [index for _, _, index in shared[0]]
+    checked = environment.run("python -m tokenreduce.catalog check glance", folder)
+    assert "checks passed" in checked
+    assert "Contrast" in environment.run("python -m tokenreduce.catalog list glance", folder)
