@@ -3,6 +3,7 @@ are)."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from transformers import LlavaForConditionalGeneration
 
 from tokenreduce import create
 from tokenreduce.reducer import TokenReducer
+from tokenreduce.registry import REDUCERS
 from tokenreduce.testing import tiny_llava
 from tokenreduce.testing.checkpoints import write_checkpoint
 from tokenreduce.testing.clip import write_clip
@@ -47,4 +49,9 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def made(clip: Path) -> Callable[[str], TokenReducer]:
     """Any reducer by its name, with its own settings; what it loads is a small checkpoint."""
-    return lambda name: create(name, **({"clip": str(clip)} if name == "cdpruner" else {}))
+
+    def made(name: str) -> TokenReducer:
+        loads = any(field.name == "clip" for field in dataclasses.fields(REDUCERS.get(name)))
+        return create(name, **({"clip": str(clip)} if loads else {}))
+
+    return made

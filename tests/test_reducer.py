@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import tokenreduce.reducer
 from tokenreduce import create
 from tokenreduce.reducer import (
     AtProjector,
@@ -17,6 +18,7 @@ from tokenreduce.reducer import (
     Tile,
     VisualTokens,
     best,
+    cover,
     layer_index,
     tokens_to_keep,
 )
@@ -144,3 +146,26 @@ def test_an_undeclared_signal_is_refused() -> None:
     tokens = VisualTokens(torch.zeros(9, 1), SPAN, 4)
     with pytest.raises(KeyError, match="list it in the step's `sees`"):
         tokens[TokenSizes()]
+
+
+def test_cover_picks_what_a_literal_greedy_search_picks(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.rand(13, 9, generator=generator, dtype=torch.float64)
+    weights, gains = (torch.rand(n, generator=generator, dtype=torch.float64) for n in (13, 9))
+
+    def worth(columns: list[int]) -> float:
+        return float(weights @ rows[:, columns].amax(1) + gains[columns].sum())
+
+    expected: list[int] = []
+    for _ in range(9):
+        expected.append(max(set(range(9)) - {*expected}, key=lambda column: worth([*expected, column])))
+    assert cover(rows, 9, weights, gains).tolist() == expected
+    assert cover(rows, 9).tolist() != cover(rows, 9, weights).tolist() != expected
+    monkeypatch.setattr(tokenreduce.reducer, "_AT_ONCE", 20)  # two rows
+    assert cover(rows, 9, weights, gains).tolist() == expected
+
+
+def test_cover_takes_the_first_of_equals_and_repeats_none() -> None:
+    assert cover(torch.ones(3, 4), 4).tolist() == [0, 1, 2, 3]
+    assert cover(torch.ones(3, 4), 2, gains=torch.tensor([0.0, 0.0, 1.0, 0.0])).tolist() == [2, 0]
+    assert cover(torch.ones(0, 4), 2).tolist() == [0, 1], "where nothing is to be covered"

@@ -500,6 +500,39 @@ def best(scores: Tensor, count: int) -> Tensor:
     return scores.sort(descending=True, stable=True).indices[:count].sort().values
 
 
+_AT_ONCE = 1 << 18
+"""How many of its numbers :func:`cover` works on at once: 1 MiB, which a processor's cache holds."""
+
+
+def cover(rows: Tensor, count: int, weights: Tensor | None = None, gains: Tensor | None = None) -> Tensor:
+    """The places of ``count`` columns, in the order in which a greedy search for maximum coverage picks them.
+
+    A row is covered as well as the best of the picked columns covers it, and before that not at all. The search always
+    picks the column that adds most; where several add the same, the first of them.
+
+    rows:    ``(rows, columns)``, how well every column covers every row. Beside them little memory is used.
+    weights: ``(rows,)``, how much every row counts, by default 1.
+    gains:   ``(columns,)``, what every column adds in any case, by default nothing.
+
+    >>> cover(torch.tensor([[0.9, 0.1, 0.8], [0.1, 0.8, 0.7]]), 2)
+    tensor([2, 1])
+    """
+    height = max(1, _AT_ONCE // rows.shape[1])
+    weights = rows.new_ones(len(rows)) if weights is None else weights
+    gains = rows.new_zeros(rows.shape[1]) if gains is None else gains.clone()
+    covered = rows.new_zeros(len(rows), 1)
+    picked = torch.empty(count, dtype=torch.long, device=rows.device)
+    for step in range(count):
+        added = gains.clone()
+        for part, so_far, weight in zip(*(each.split(height) for each in (rows, covered, weights)), strict=True):
+            added += weight @ (part - so_far).clamp_(min=0)
+        place = added.argmax(keepdim=True)
+        picked[step : step + 1] = place
+        gains.index_fill_(0, place, -torch.inf)
+        covered = torch.maximum(covered, rows.index_select(1, place))
+    return picked
+
+
 def layer_index(layer: Layer, depth: int) -> int:
     """The 0-based index that ``layer`` means in a stack of ``depth`` layers; a fraction is rounded to the nearest
     layer.

@@ -9,8 +9,8 @@ attention map is ever held for all heads at once.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -112,11 +112,12 @@ class View(Protocol):
     def entered(self) -> tuple[Tensor, Tensor]:
         """Visual tokens ``(entered, dim)`` and the text behind them ``(text, dim)``, as they entered."""
 
-    def question_embeddings(self) -> Tensor:
-        """The input embeddings of the question's tokens: ``(tokens, dim)``."""
+    def question_embeddings(self, parts: Callable[[str], Sequence[str]] = lambda question: (question,)) -> Tensor:
+        """The input embeddings of the question's tokens: ``(tokens, dim)``. ``parts`` says what of the question is
+        read: texts whose tokens are made one text after the other; by default all of it at once."""
 
-    def clip(self, checkpoint: str) -> Clip:
-        """A tile's states and the question in the space of a CLIP model."""
+    def clip(self, checkpoint: str, truncate: bool = False) -> Clip:
+        """A tile's states and the question in the space of a CLIP model; ``truncate`` as of :class:`ClipSpace`."""
 
 
 @dataclass(frozen=True)
@@ -192,11 +193,14 @@ class TokenSizes(Signal):
 class ClipSpace(Signal):
     """A tile's patches and the question in the space that the two towers of a CLIP model share, as a :class:`Clip`.
 
-    clip: the CLIP model that the vision encoder comes from: a directory, or a name on the hub. It is loaded when first
-          asked for.
+    clip:     the CLIP model that the vision encoder comes from: a directory, or a name on the hub. It is loaded when
+              first asked for.
+    truncate: True if a question that is too long for the text tower loses its end, as CLIP's own tokenizer has it;
+              otherwise it is cut into segments.
     """
 
     clip: str
+    truncate: bool = False
     text: ClassVar[bool] = True
 
     def watch(self, watch: Watch) -> None:
@@ -204,7 +208,7 @@ class ClipSpace(Signal):
         watch.encoder_hidden(watch.geometry.feature_layer)
 
     def value(self, view: View) -> Any:
-        return view.clip(self.clip)
+        return view.clip(self.clip, self.truncate)
 
 
 @dataclass(frozen=True)
@@ -214,7 +218,7 @@ class QuestionLikeness(ClipSpace):
     at once; most questions are one."""
 
     def value(self, view: View) -> Tensor:
-        space = view.clip(self.clip)
+        space = view.clip(self.clip, self.truncate)
         return normalize(space.patches, dim=-1) @ normalize(space.text, dim=-1).T
 
 
@@ -316,11 +320,14 @@ class Clip:
     patches:     ``(tokens, dim)``, the visual tokens' projected states.
     text:        ``(segments, dim)``, the pooled and projected question; a segment is what the text tower takes at once.
     text_tokens: ``(text tokens, dim)``, the question's tokens, projected one by one.
+    segments:    ``(segments, length, dim)``, likewise all places of the segments, those of padding too; of none unless
+                 a site gives them.
     """
 
     patches: Tensor
     text: Tensor
     text_tokens: Tensor
+    segments: Tensor = field(default_factory=lambda: torch.empty(0, 0, 0))
 
 
 @dataclass(frozen=True)

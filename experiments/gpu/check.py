@@ -25,16 +25,18 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from transformers.utils import is_flash_attn_2_available
 
 from tokenreduce import available, create, reduce_tokens
+from tokenreduce.catalog.description import LLAVA
 from tokenreduce.evaluation.clock import PARTS, attached, peak_memory, seconds_by_part
 from tokenreduce.evaluation.costs import prefill_cost
 from tokenreduce.evaluation.roofline import limits, roofline
+from tokenreduce.reducer import TokenReducer
 from tokenreduce.testing.models import draw_weights
 
 HERE = Path(__file__).parent
 TEXT = 64
 PLAIN = "none"
-LEFT_OUT = {"chain", "cdpruner", "no_image"}
-"""No method by itself; one that needs a text tower of its own; one that leaves nothing to compare."""
+LEFT_OUT = {"chain", "no_image"}
+"""No method by itself; one that leaves nothing to compare."""
 
 SHAPES: dict[str, dict[str, dict[str, int]]] = {
     "7b": {
@@ -87,7 +89,14 @@ def prompts(model: LlavaForConditionalGeneration, rows: int) -> dict[str, Tensor
 
 
 def methods() -> list[str]:
-    return [PLAIN, *(name for name in available("reducers") if name not in LEFT_OUT | {PLAIN})]
+    """All that need no tokenizer and no text tower, which these models come without."""
+    names = [name for name in available("reducers") if name not in LEFT_OUT | {PLAIN}]
+    return [PLAIN, *(name for name in names if not _reads(create(name)))]
+
+
+def _reads(reducer: TokenReducer) -> bool:
+    steps = [step for step in reducer.steps(LLAVA) if step.decoder_layer(LLAVA) is None]
+    return any(signal.text for step in steps for signal in step.sees)
 
 
 def kernels() -> list[str]:

@@ -52,6 +52,7 @@ from tokenreduce.signals import (
 )
 from tokenreduce.testing import check_reducer, prompts, tiny_llava
 from tokenreduce.testing.checkpoints import ask, picture, recipes, video
+from tokenreduce.testing.clip import SEGMENT
 
 Checkpoint = Callable[[str], Path]
 FAMILIES = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in recipes()]
@@ -218,6 +219,57 @@ def test_question_embeddings_are_the_models_own(checkpoint: Checkpoint, name: st
             assert torch.equal(step[number][QuestionEmbeddings()][0], expected)
     with pytest.raises(ValueError, match="pass processor= to reduce_tokens"), reduce_tokens(model, reducer):
         pass
+
+
+@dataclass(frozen=True)
+class LongWords(Signal):
+    """The embeddings of the question's words of five letters and more."""
+
+    joint: ClassVar[bool] = True
+
+    def watch(self, watch: Watch) -> None:
+        watch.question()
+        watch.processor()
+
+    def value(self, view: View) -> Tensor:
+        return view.question_embeddings(lambda question: [word for word in question.split() if len(word) > 4])
+
+
+def test_parts_of_the_question_are_read_one_by_one(checkpoint: Checkpoint) -> None:
+    model, processor = load(str(checkpoint("llava")))
+    batch, question = ask(processor, [[picture(0, 40, 40)]] * 2), ["what colour is the square ?", "how many ?"]
+    reducer = Looks(given=(AtProjector(scope="sample", sees=(LongWords(),)),))
+    with reduce_tokens(model, reducer, question=question, processor=processor), torch.no_grad():
+        model(**batch)
+    ids = [processor.tokenizer(word, add_special_tokens=False)["input_ids"] for word in ("colour", "square")]
+    expected = model.get_input_embeddings()(torch.tensor([*ids[0], *ids[1]]))
+    first, second = (seen[LongWords()][0] for seen in reducer.seen)
+    assert torch.equal(first, expected)
+    assert second.shape == (0, expected.shape[1]), "where nothing of it is read"
+
+
+def test_a_long_question_is_cut_into_segments_or_cut_off(clip: Path) -> None:
+    model, question = tiny_llava(), "how many red square are there " * 4
+    signals = ClipSpace(str(clip)), ClipSpace(str(clip), truncate=True)
+    reducer = Looks(given=(AtProjector(sees=signals),))
+    with reduce_tokens(model, reducer, question=question), torch.no_grad():
+        model(**prompts(model))
+    (seen,) = reducer.seen
+    whole, cut = seen[signals[0]][0], seen[signals[1]][0]
+    towers: Any = CLIPModel.from_pretrained(clip)
+    tokenizer = AutoTokenizer.from_pretrained(clip)
+    tokens = tokenizer(question, return_tensors="pt", truncation=True, max_length=SEGMENT)
+    with torch.no_grad():
+        text = towers.text_model(**tokens)
+        pooled, words = (towers.text_projection(each) for each in (text.pooler_output, text.last_hidden_state))
+    torch.testing.assert_close(cut.text, pooled)
+    torch.testing.assert_close(cut.segments, words)
+    torch.testing.assert_close(cut.text_tokens, words[0])
+    length = len(tokenizer(question)["input_ids"])
+    assert whole.text.shape[0] == 2 and whole.segments.shape == (2, *words.shape[1:])
+    assert len(whole.text_tokens) == length < 2 * SEGMENT, "segments hold padding, and tokens none"
+    assert torch.equal(whole.text_tokens, whole.segments.flatten(0, 1)[:length])
+    assert {each.dtype for each in vars(whole).values()} == {torch.float32}
 
 
 def test_clip_space_gives_raw_products(clip: Path) -> None:

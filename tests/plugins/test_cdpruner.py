@@ -99,7 +99,7 @@ def test_the_question_is_read_by_the_text_tower(
     inputs = prompts(llava, [2, 1])
     one, two, three = (literal(llava, clip, question, pixels) for pixels in inputs["pixel_values"])
     assert kept(llava, clip, question, **inputs) == [[one, two], [three]]
-    assert len(clip_space(str(clip), torch.device("cpu")).question(LONG)) == 3
+    assert len(clip_space(str(clip), torch.device("cpu")).read(LONG).pooled) == 3
 
 
 def test_every_prompt_has_its_own_question(llava: LlavaForConditionalGeneration, clip: Path) -> None:

@@ -7,20 +7,18 @@ CPUs.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from tokenreduce import available
+from tokenreduce import available, create
 from tokenreduce.models.loading import EMBEDDED, load
 from tokenreduce.reducer import TokenReducer
 from tokenreduce.testing import Identity, check_reducer
 from tokenreduce.testing.checkpoints import ask, picture
 from tokenreduce.testing.clip import write_clip
-from tokenreduce_plugins.cdpruner import CdPruner
 
 SIDE, PATCH = 4, 8
 
@@ -50,7 +48,7 @@ def test_reducer(
 ) -> None:
     model, inputs = setting
     reducer = Identity() if name == "identity" else made(name)
-    if isinstance(reducer, CdPruner):
-        width = model.config.vision_config.hidden_size
-        reducer = replace(reducer, clip=str(write_clip(tmp_path_factory.mktemp("clip"), width=width)))
+    if "clip" in reducer.knobs():
+        clip = write_clip(tmp_path_factory.mktemp("clip"), width=model.config.vision_config.hidden_size)
+        reducer = create(name, clip=str(clip))
     check_reducer(reducer, model, inputs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,19 @@ from transformers import AutoTokenizer, CLIPModel
 def clip_space(checkpoint: str, device: torch.device) -> ClipSpace:
     """The space of one checkpoint; the last one stays loaded."""
     return ClipSpace(checkpoint, device)
+
+
+class Question(NamedTuple):
+    """A text in the space of a CLIP model, in float32.
+
+    pooled:   ``(segments, dim)``, each segment as a whole.
+    tokens:   ``(tokens, dim)``, its tokens, projected one by one, without padding.
+    segments: ``(segments, length, dim)``, likewise all places of the segments, padding included.
+    """
+
+    pooled: Tensor
+    tokens: Tensor
+    segments: Tensor
 
 
 class ClipSpace:
@@ -32,22 +45,30 @@ class ClipSpace:
             ) from error
         self._segment = model.config.text_config.max_position_embeddings
         self._tower = model.text_model.to(device).eval()
-        self._read: dict[str, tuple[Tensor, Tensor]] = {}
+        self._read: dict[tuple[str, bool], Question] = {}
         self._text_projection = model.text_projection.to(device)
         self._norm = model.vision_model.post_layernorm.to(device)
         self._visual_projection = model.visual_projection.to(device)
 
-    def question(self, text: str) -> Tensor:
-        """The pooled and projected text ``(segments, dim)``.
+    @torch.no_grad()
+    def read(self, text: str, truncate: bool = False) -> Question:
+        """A text, read by the text tower.
 
-        A text that is too long for the text tower is cut as in CDPruner's official code: the begin-of-text token is in
-        the first segment alone, and the end-of-text token in the last.
+        One that is too long for it loses its end where ``truncate`` is True. Otherwise it is cut as in CDPruner's
+        official code: the begin-of-text token is in the first segment alone, and the end-of-text token in the last.
         """
-        return self._text(text)[0]
-
-    def words(self, text: str) -> Tensor:
-        """The text's tokens, projected one by one, without padding: ``(tokens, dim)``."""
-        return self._text(text)[1]
+        if (text, truncate) not in self._read:
+            length = {"truncation": True, "max_length": self._segment} if truncate else {}
+            tokens = self._tokenizer(text, return_tensors="pt", verbose=False, **length)
+            ids, mask = (tokens[name].to(self._norm.weight.device) for name in ("input_ids", "attention_mask"))
+            missing = -ids.shape[1] % self._segment
+            ids, mask = (pad(each, (0, missing)).reshape(-1, self._segment) for each in (ids, mask))
+            output = self._tower(input_ids=ids, attention_mask=mask)
+            segments = self._text_projection(output.last_hidden_state)
+            self._read.clear()  # every tile of a picture asks for the same text
+            pooled = self._text_projection(output.pooler_output)
+            self._read[text, truncate] = Question(pooled, segments[mask.bool()], segments)
+        return self._read[text, truncate]
 
     @torch.no_grad()
     def patches(self, states: Tensor) -> Tensor:
@@ -59,16 +80,3 @@ class ClipSpace:
                 "name the CLIP model that the encoder comes from"
             )
         return self._visual_projection(self._norm(states.float()))
-
-    @torch.no_grad()
-    def _text(self, text: str) -> tuple[Tensor, Tensor]:
-        if text not in self._read:
-            tokens = self._tokenizer(text, return_tensors="pt", verbose=False).to(self._norm.weight.device)
-            ids, mask = tokens["input_ids"], tokens["attention_mask"]
-            missing = -ids.shape[1] % self._segment
-            ids, mask = (pad(each, (0, missing)).reshape(-1, self._segment) for each in (ids, mask))
-            output = self._tower(input_ids=ids, attention_mask=mask)
-            words = output.last_hidden_state[mask.bool()]
-            self._read.clear()  # every tile of a picture asks for the same text
-            self._read[text] = self._text_projection(output.pooler_output), self._text_projection(words)
-        return self._read[text]

@@ -143,7 +143,7 @@ class Sight:
     def token_sizes(self) -> Tensor:
         raise Unseen(self.before)
 
-    def clip(self, checkpoint: str) -> Clip:
+    def clip(self, checkpoint: str, truncate: bool = False) -> Clip:
         raise Unseen(self.before)
 
     def decoder_attention(self, layer: Layer) -> Attention:
@@ -158,10 +158,11 @@ class Sight:
     def entered(self) -> tuple[Tensor, Tensor]:
         raise Unseen(INSIDE)
 
-    def question_embeddings(self) -> Tensor:
+    def question_embeddings(self, parts: Callable[[str], Sequence[str]] = lambda question: (question,)) -> Tensor:
         attachment = self.call.attachment
         tokenizer = attachment.processor.tokenizer
-        ids = tokenizer(self._question(), add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+        read = (tokenizer(part, add_special_tokens=False, return_tensors="pt") for part in parts(self._question()))
+        ids = torch.cat([torch.empty(0, dtype=torch.long), *(tokens["input_ids"][0].long() for tokens in read)])
         embeddings = attachment.model.get_input_embeddings()
         return embeddings(ids.to(self.call.inputs["input_ids"].device))
 
@@ -231,11 +232,10 @@ class TowerSight(Sight):
         track = self.tile.track
         return torch.ones(len(track)) if track.sizes is None else track.sizes
 
-    def clip(self, checkpoint: str) -> Clip:
+    def clip(self, checkpoint: str, truncate: bool = False) -> Clip:
         states = self.encoder_hidden(self.geometry.feature_layer)
         space = clip_space(checkpoint, states.device)
-        question = self._question()
-        return Clip(space.patches(states), space.question(question), space.words(question))
+        return Clip(space.patches(states), *space.read(self._question(), truncate))
 
     def _encoding(self) -> Encoding:
         if self.tile.encoding is None:
