@@ -37,5 +37,4 @@ class FastV(TokenReducer):
         return [AtDecoder(layer=self.layer, keep=self.keep, rounding="even", sees=(ranking,))]
 
     def select(self, step: Step, tokens: VisualTokens) -> Selection:
-        attention = tokens[step.sees[0]].mean(-1 if self.queries == "last" else slice(None))
-        return Selection(tokens.best(attention.mean(dim=0)))
+        return Selection(tokens.best(tokens[step.sees[0]].received(-1 if self.queries == "last" else slice(None))))

@@ -24,9 +24,8 @@ def significance(attention: Attention, include_cls: bool = False) -> Tensor:
     that all tokens give the same and only what they receive tells them apart; likewise in an encoder without one.
     """
     if include_cls or attention.class_token is None:
-        return attention.mean(queries=slice(None)).mean(dim=0)
-    weights = attention.mean()
-    received, given = weights.mean(dim=0), weights.mean(dim=1)
+        return attention.received(slice(None))
+    received, given = attention.marginals()
     return received if received.var(correction=0) > given.var(correction=0) else given
 
 

@@ -88,9 +88,6 @@ class PruMergePlus(PruMerge):
 
 def full_width(attention: Attention) -> Tensor:
     """The class token's attention to the patches ``(tokens,)``, all heads taken as one wide head."""
-    queries = rearrange(attention.queries.float(), "h n d -> n (h d)")
-    keys = rearrange(attention.keys.float(), "h n d -> n (h d)")
-    if attention.class_token is not None:
-        queries = queries[attention.class_token][None]
-    weights = (queries @ keys.T * keys.shape[-1] ** -0.5).softmax(dim=-1)
-    return weights.mean(dim=0)[attention.visual]
+    queries, keys = (rearrange(each, "h n d -> 1 n (h d)") for each in (attention.queries, attention.keys))
+    scale = keys.shape[-1] ** -0.5
+    return Attention(queries, keys, keys, scale, attention.visual, attention.class_token).received()

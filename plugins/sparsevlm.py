@@ -54,7 +54,7 @@ class SparseVlm(TokenReducer):
         attention, words = tokens[step.sees[0]], tokens.carried
         if words is None:
             words = telling(tokens[ProjectedFeatures()], tokens[TextEmbeddings()])
-        scores = attention.mean(attention.text[words]).mean(dim=0)
+        scores = attention.received(attention.text[words])
         keep, recycle, clusters = self.shares(step, tokens.span)
         kept = tokens.best(scores, keep)
         pruned = tokens.others(kept)

@@ -49,3 +49,17 @@ def test_scores_order_as_probabilities_do() -> None:
     order = full[0, 3].argsort()
     scores = view.scores(3)[0, 0][order]
     assert all(low <= high for low, high in pairwise(scores.tolist()))
+
+
+@pytest.mark.parametrize("visual", [slice(1, None), torch.arange(1, 2099).view(-1, 2)], ids=["tokens", "groups"])
+def test_marginals_of_a_long_sequence_are_those_of_the_full_map(visual: slice | Tensor) -> None:
+    generator = torch.Generator().manual_seed(0)
+    queries, keys = (2 * torch.randn(2, 2100, 8, generator=generator) for _ in range(2))
+    view = Attention(queries, keys, keys, 0.3, visual, 0)
+    full = view.mean()
+    received, given = view.marginals()
+    torch.testing.assert_close(received, full.mean(dim=0))
+    torch.testing.assert_close(given, full.mean(dim=1))
+    torch.testing.assert_close(view.received(slice(None)), view.mean(slice(None)).mean(dim=0))
+    torch.testing.assert_close(view.received(torch.tensor([4, 2])), view.mean(torch.tensor([4, 2])).mean(dim=0))
+    torch.testing.assert_close(view.received(), view.mean(0)[0])

@@ -533,6 +533,16 @@ def cover(rows: Tensor, count: int, weights: Tensor | None = None, gains: Tensor
     return picked
 
 
+def blocks(places: Tensor, columns: int) -> tuple[Tensor, ...]:
+    """``places`` in stretches so short that a float32 matrix with a row for each and ``columns`` columns takes at most
+    4 MiB: what a large matrix is worked through in.
+
+    >>> [len(block) for block in blocks(torch.arange(400), columns=6272)]
+    [167, 167, 66]
+    """
+    return places.split(max(1, 2**20 // columns))
+
+
 def layer_index(layer: Layer, depth: int) -> int:
     """The 0-based index that ``layer`` means in a stack of ``depth`` layers; a fraction is rounded to the nearest
     layer.

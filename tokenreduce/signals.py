@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tokenreduce.reducer import Geometry, Layer, Tile
+from tokenreduce.reducer import Geometry, Layer, Tile, blocks
 
 Rows = int | slice | Tensor
 """Places in a sequence: one index, a slice, or a long tensor of indices."""
@@ -385,10 +385,28 @@ class Attention:
         mean = mean.mean(-1) if mean.ndim == 3 else mean
         return mean.unflatten(0, rows.shape).mean(1) if grouped else mean  # type: ignore[union-attr]
 
-    def received(self) -> Tensor:
-        """What the class token attends to, averaged over heads; without one, the mean of what all tokens attend to:
-        ``(tokens,)``."""
-        return self.mean(slice(None) if self.class_token is None else self.class_token).mean(dim=0)
+    def received(self, queries: Rows | None = None) -> Tensor:
+        """What the visual tokens receive from some queries, averaged over these and over heads: ``(tokens,)``. By
+        default the query is the class token, or without one they are the whole sequence."""
+        if queries is None:
+            queries = slice(None) if self.class_token is None else self.class_token
+        return self.marginals(queries)[0]
+
+    def marginals(self, queries: Rows | None = None) -> tuple[Tensor, Tensor]:
+        """What the visual tokens receive from some queries ``(tokens,)``, and what each of these gives them
+        ``(queries,)``: the column and row means of :meth:`mean`, by default among the visual tokens.
+
+        Sums run over blocks of queries, so memory is linear in the sequence.
+        """
+        places = torch.arange(self.queries.shape[1], device=self.queries.device)
+        places = places[_many(self.visual if queries is None else queries)]
+        group = places[0].numel() if len(places) else 1
+        received, given = self.queries.new_zeros((), dtype=torch.float32), []
+        for block in blocks(places, group * self.keys.shape[1]):
+            weights = self.mean(block)
+            received = received + weights.sum(dim=0)
+            given.append(weights.mean(dim=1))
+        return received / len(places), torch.cat(given)
 
     def _scores(self, head: int, queries: Rows) -> Tensor:
         """One head's logits in float32: ``(1, rows, keys)``."""

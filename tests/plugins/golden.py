@@ -76,8 +76,8 @@ def stored(
 ) -> Stored:
     nothing = torch.empty(0)
     return Stored(
-        nothing,
-        nothing if keys is None else keys,
+        probabilities[..., :0],
+        probabilities.mT[..., :0] if keys is None else keys,
         nothing if values is None else values,
         1.0,
         visual,

@@ -113,8 +113,8 @@ class Stored(Attention):
 def test_equal_variances_take_the_attention_given() -> None:
     given = torch.tensor([4.0, 2.0, 1.0, 1.0]) / 8
     weights = given[:, None] * given.flip(0)  # columns have the same means as rows, in the other order
-    nothing = torch.empty(0)
-    attention = Stored(nothing, nothing, weights[None], 1.0, visual=slice(1, None), class_token=0)
+    states = torch.empty(1, 5, 0)
+    attention = Stored(states, states, weights[None], 1.0, visual=slice(1, None), class_token=0)
     assert significance(attention).equal(given / 4)
 
 
