@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, one_hot
+from torch.nn.functional import normalize
 
 from tokenreduce.reducer import (
     AtEncoder,
@@ -20,6 +20,8 @@ from tokenreduce.reducer import (
     Step,
     TokenReducer,
     VisualTokens,
+    blocks,
+    merge,
 )
 from tokenreduce.signals import Attention, EncoderAttention
 
@@ -56,8 +58,8 @@ class ToMe(TokenReducer):
     def count(self, step: Step, span: Span) -> int:
         if step.behind_encoder:
             return span.current
-        target, blocks = span.keep(self.keep), span.geometry.feature_layer + 1
-        merges = math.ceil((span.entered - target) / blocks) if self.per_block is None else self.per_block
+        target, layers = span.keep(self.keep), span.geometry.feature_layer + 1
+        merges = math.ceil((span.entered - target) / layers) if self.per_block is None else self.per_block
         return min(span.current, max(target, span.current - min(merges, span.current // 2)))
 
     def select(self, step: Step, tokens: VisualTokens) -> Selection:
@@ -69,9 +71,9 @@ class ToMe(TokenReducer):
         metric = attention.keys.float().mean(dim=0)[attention.visual]
         merges, class_token = len(tokens) - tokens.keep, attention.class_token is not None
         index, source = match(metric, merges, class_token, self.loss(step.stage, attention))
-        weights = one_hot(source, len(index)).T * sizes
-        size = weights.sum(dim=1)
-        merged = (weights @ tokens.features.float() / size[:, None]).to(tokens.features.dtype)
+        size = merge(sizes[:, None], source, len(index), "sum")
+        merged = merge(sizes[:, None] * tokens.features, source, len(index), "sum") / size
+        size, merged = size[:, 0], merged.to(tokens.features.dtype)
         carry = places[index], size
         return Selection(index, merged, source, size=size if self.proportional else None, carry=carry)
 
@@ -124,7 +126,8 @@ def match(metric: Tensor, merges: int, class_token: bool, loss: Tensor | None = 
     unit, first = normalize(metric, dim=-1), int(class_token)
     places = torch.arange(len(metric), device=metric.device)
     even, odd = places[first::2], places[1 - first :: 2]
-    likeness, partner = (unit[even] @ unit[odd].T).max(dim=-1)
+    nearest = [(unit[some] @ unit[odd].T).max(dim=-1) for some in blocks(even, len(odd))]
+    likeness, partner = (torch.cat(each) for each in zip(*nearest, strict=True))
     gain = likeness if loss is None else likeness - loss[even]
     order = gain.sort(descending=True, stable=True).indices
     merged, unmerged = order[:merges], order[merges:]

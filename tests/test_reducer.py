@@ -20,6 +20,7 @@ from tokenreduce.reducer import (
     best,
     cover,
     layer_index,
+    merge,
     tokens_to_keep,
 )
 from tokenreduce.signals import TokenSizes
@@ -169,3 +170,13 @@ def test_cover_takes_the_first_of_equals_and_repeats_none() -> None:
     assert cover(torch.ones(3, 4), 4).tolist() == [0, 1, 2, 3]
     assert cover(torch.ones(3, 4), 2, gains=torch.tensor([0.0, 0.0, 1.0, 0.0])).tolist() == [2, 0]
     assert cover(torch.ones(0, 4), 2).tolist() == [0, 1], "where nothing is to be covered"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_merging_adds_the_rows_of_every_group(dtype: torch.dtype) -> None:
+    rows = torch.randint(-8, 8, (50, 3), generator=torch.Generator().manual_seed(0)).to(dtype)  # sums are exact
+    group = torch.randint(7, (50,), generator=torch.Generator().manual_seed(1))
+    sums = torch.stack([rows[group == each].sum(dim=0) for each in range(9)])
+    sizes = torch.stack([(group == each).sum() for each in range(9)])
+    assert merge(rows, group, 9, "sum").equal(sums)
+    torch.testing.assert_close(merge(rows, group, 9), sums / sizes.clamp(min=1)[:, None].to(dtype))

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 from tokenreduce.knobs import check_knobs
 
@@ -533,6 +534,20 @@ def cover(rows: Tensor, count: int, weights: Tensor | None = None, gains: Tensor
     return picked
 
 
+def merge(rows: Tensor, group: Tensor, groups: int, how: Literal["sum", "mean"] = "mean") -> Tensor:
+    """The mean, or the sum, of the ``rows`` ``(n, dim)`` of every group: ``(groups, dim)``, zeros for an empty one.
+
+    ``group`` ``(n,)`` long says which group each row is of. Rows are added in their order on every device, where a
+    scatter on a GPU has another order every time.
+
+    >>> merge(torch.tensor([[1.0], [2.0], [5.0]]), torch.tensor([1, 0, 1]), groups=3)[:, 0]
+    tensor([2., 3., 0.])
+    """
+    order = group.argsort(stable=True)
+    starts = torch.searchsorted(group[order], torch.arange(groups, device=group.device))
+    return embedding_bag(order, rows, starts, mode=how)
+
+
 def blocks(places: Tensor, columns: int) -> tuple[Tensor, ...]:
     """``places`` in stretches so short that a float32 matrix with a row for each and ``columns`` columns takes at most
     4 MiB: what a large matrix is worked through in.
@@ -540,7 +555,7 @@ def blocks(places: Tensor, columns: int) -> tuple[Tensor, ...]:
     >>> [len(block) for block in blocks(torch.arange(400), columns=6272)]
     [167, 167, 66]
     """
-    return places.split(max(1, 2**20 // columns))
+    return places.split(max(1, 2**20 // max(1, columns)))
 
 
 def layer_index(layer: Layer, depth: int) -> int:
