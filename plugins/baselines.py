@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from tokenreduce.reducer import (
     AtInput,
@@ -19,6 +18,7 @@ from tokenreduce.reducer import (
     Step,
     TokenReducer,
     VisualTokens,
+    merge,
 )
 
 
@@ -122,7 +122,5 @@ class Pool(TokenReducer):
             )
         coarse = grid.fit(tokens.span.keep(self.keep))
         centres, cells = (places.to(tokens.features.device) for places in grid.cells(coarse))
-        # A product with the membership matrix, not a scatter, which adds up in another order every time on a GPU.
-        members = one_hot(cells, len(centres)).T.float()
-        means = members / members.sum(dim=1, keepdim=True) @ tokens.features.float()
+        means = merge(tokens.features.float(), cells, len(centres))
         return Selection(centres, means.to(tokens.features.dtype), source=cells)

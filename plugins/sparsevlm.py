@@ -9,9 +9,19 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
-from tokenreduce.reducer import AtDecoder, Geometry, Keep, Layer, Selection, Span, Step, TokenReducer, VisualTokens
+from tokenreduce.reducer import (
+    AtDecoder,
+    Geometry,
+    Keep,
+    Layer,
+    Selection,
+    Span,
+    Step,
+    TokenReducer,
+    VisualTokens,
+    merge,
+)
 from tokenreduce.signals import DecoderAttention, ProjectedFeatures, TextEmbeddings
 
 
@@ -97,6 +107,6 @@ def cluster_and_merge(features: Tensor, clusters: int) -> tuple[Tensor, Tensor, 
     centres = (density * separation).cpu().topk(clusters).indices.to(points.device)
     cluster = distances[centres].argmin(dim=0)
     cluster[centres] = torch.arange(clusters, device=cluster.device)
-    members = one_hot(cluster, clusters).T.to(points.dtype)
-    merged = members @ points / (members.sum(dim=1, keepdim=True) + 1e-6)
+    sizes = merge(torch.ones_like(points[:, :1]), cluster, clusters, "sum")
+    merged = merge(points, cluster, clusters, "sum") / (sizes + 1e-6)
     return centres, cluster, merged.to(features.dtype)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, one_hot
+from torch.nn.functional import normalize
 
 from tokenreduce.reducer import (
     AtEncoderOutput,
@@ -18,6 +18,8 @@ from tokenreduce.reducer import (
     Step,
     TokenReducer,
     VisualTokens,
+    blocks,
+    merge,
     tokens_to_keep,
 )
 from tokenreduce.signals import ClassToken, EncoderAttention
@@ -75,10 +77,10 @@ class VisionZip(TokenReducer):
         targets = rest[:: max(1, len(rest) // contextual)][:contextual]
         others = tokens.others(torch.cat([dominant, targets]))
         metric = normalize(attention.keys.float().mean(dim=0)[attention.visual], dim=-1)
-        nearest = (metric[others] @ metric[targets].T).argmax(dim=1)
+        parts = blocks(others, len(targets))
+        nearest = torch.cat([(metric[some] @ metric[targets].T).argmax(dim=1) for some in parts])
 
-        members = one_hot(nearest, len(targets)).T.float()
-        means = members @ tokens.features[others].float() / members.sum(dim=1, keepdim=True).clamp(min=1)
+        means = merge(tokens.features[others].float(), nearest, len(targets))
         merged = (tokens.features[targets].float() + means).to(tokens.features.dtype)
 
         first, repeated = kept - contextual, contextual - len(targets)

@@ -7,14 +7,13 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from tokenreduce.attach.call import Call
 from tokenreduce.attach.encoding import ReducedTile
 from tokenreduce.attach.site import Site
 from tokenreduce.attach.views import JointSight, TowerSight, shown
 from tokenreduce.passage import Group, Taken, followed, scoped
-from tokenreduce.reducer import Step
+from tokenreduce.reducer import Step, merge
 from tokenreduce.stopwatch import part
 
 Levels = tuple[Tensor, ...]
@@ -55,9 +54,9 @@ def _followed(taken: Taken, levels: Sequence[Tensor]) -> Levels:
     if not deeper:
         return (rows,)
     source = selection.sources(len(features)).to(features.device)
-    members = one_hot(source[source >= 0], len(rows)).T.to(features.dtype)
-    means = members / members.sum(-1, keepdim=True).clamp(min=1)
-    return rows, *(means @ level[source >= 0] for level in deeper)
+    stay = (source >= 0).nonzero()[:, 0]
+    means = (merge(level[stay].float(), source[stay], len(rows)) for level in deeper)
+    return rows, *(each.to(features.dtype) for each in means)
 
 
 def _lasting(call: Call, step: Step, row: int, group: Group) -> None:
