@@ -21,7 +21,6 @@ from tokenreduce.attach.hooks import replaced
 from tokenreduce.attach.input import takes_pictures_away
 from tokenreduce.attach.prompt import Prompt, positions_of, shorten
 from tokenreduce.attach.site import Site
-from tokenreduce.attach.views import Watched, unseen
 from tokenreduce.models.family import ModelFamily, family_of
 from tokenreduce.models.stack import cache_of
 from tokenreduce.passage import SampleReduction
@@ -91,13 +90,12 @@ class Attachment:
         before = [step for step in self.steps if step.decoder_layer(family.geometry) is None]
         self._compact = not before or reducer.positions_after(before[-1]) == "compact"
         self._notes = threading.local()
-        seen = {site: self.watched(site) for site in self.sites}
-        self.asks = any(watched.asks for watched in seen.values())
+        self.asks = any(site.asked.asks for site in self.sites)
         self.tower: Tower | None = None
         if before:
-            vision = [watched for site, watched in seen.items() if site.before]
-            attention = {layer for watched in vision for layer in watched.attention}
-            hidden = {layer for watched in vision for layer in watched.hidden}
+            vision = [site.asked for site in self.sites if site.before]
+            attention = {layer for asked in vision for layer in asked.attention}
+            hidden = {layer for asked in vision for layer in asked.hidden}
             self.tower = Tower(family, attention, hidden, any(site.one_by_one for site in self.sites))
         self.standing = refusals.standing(self)
 
@@ -121,17 +119,6 @@ class Attachment:
     def visual(self, input_ids: Tensor) -> Tensor:
         """Where visual tokens stand, bool as ``input_ids``."""
         return self.family.visual(input_ids)
-
-    def watched(self, site: Site) -> Watched:
-        """What the signals of a site's steps ask for. Raises ``ValueError`` for what it cannot show."""
-        watched = site.watched(self.family, self.processor)
-        for step in site.steps:
-            for signal in step.sees:
-                try:
-                    signal.watch(watched)
-                except ValueError as error:  # Unseen, or a layer that does not exist
-                    raise unseen(self.reducer, step, signal, self.family, error) from error
-        return watched
 
     @contextmanager
     def active(self) -> Iterator[None]:

@@ -21,7 +21,7 @@ from tokenreduce.attach import caches, taps
 from tokenreduce.attach.call import Call
 from tokenreduce.attach.hooks import Hook
 from tokenreduce.attach.site import Site
-from tokenreduce.attach.stage import Prefill, Stage, closed_up_in, columns_of, counted
+from tokenreduce.attach.stage import Prefill, Stage, columns_of, packed
 from tokenreduce.attach.views import DecoderSight, DecoderWatched, shown
 from tokenreduce.models.family import ModelFamily
 from tokenreduce.models.stack import cache_of
@@ -45,7 +45,7 @@ class DecoderSite(Site):
         self.by_layer: dict[int, list[AtDecoder]] = {}
         for step in steps:
             self.by_layer.setdefault(step.decoder_layer(self.family.geometry), []).append(step)
-        self._watched = [self.stack.attention(layer) for layer in sorted(attachment.watched(self).attention)]
+        self._watched = [self.stack.attention(layer) for layer in sorted(self.asked.attention)]
 
     @classmethod
     def keeping(cls) -> AtDecoder:
@@ -172,49 +172,14 @@ class DecoderSite(Site):
             changed.append(after[slots])
             features.append(torch.cat([hidden[place, :0], *rows]))
             strand.journey.note(f"{self.label} {number}")
-        compact = self.reducer.positions_after(step) == "compact"
-        shorter, starts = self._packed(call, prefill, number, compact, hidden, kept, kwargs.get("position_ids"))
-        for place, (start, slots, left) in enumerate(zip(starts, changed, features, strict=True)):
-            shorter[place, slots + start] = left
+        slots, valid, starts = packed(kept, prefill.valid)
+        slots, valid = slots.to(hidden.device), valid.to(hidden.device)
+        prefill.cut(number, slots, valid, self.reducer.positions_after(step) == "compact", call.spatial)
+        shorter = hidden.gather(1, slots[..., None].expand(*slots.shape, hidden.shape[-1]))
+        for place, (start, strand) in enumerate(zip(starts, prefill.strands, strict=True)):
+            strand.slots = strand.slots + start
+            shorter[place, changed[place] + start] = features[place]
         return shorter
-
-    def _packed(
-        self,
-        call: Call,
-        prefill: Prefill,
-        number: int,
-        compact: bool,
-        hidden: Tensor,
-        kept: Sequence[Tensor],
-        positions: Tensor | None,
-    ) -> tuple[Tensor, list[int]]:
-        """Gather the slots that stay, padding on the prompt's own side, and open a new stage; the shorter states, and
-        where in them every row begins."""
-        stage, rows, width = prefill.last, len(kept), max(len(slots) for slots in kept)
-        right = bool(prefill.valid[:, 0].all()) and not bool(prefill.valid.all())
-        starts = [0 if right else width - len(places) for places in kept]
-        slots, valid = torch.zeros(rows, width, dtype=torch.long), torch.zeros(rows, width, dtype=torch.bool)
-        for row, (start, places) in enumerate(zip(starts, kept, strict=True)):
-            slots[row, start : start + len(places)] = places
-            valid[row, start : start + len(places)] = True
-            prefill.strands[row].slots = prefill.strands[row].slots + start
-        padded, slots, valid = not bool(valid.all()), slots.to(hidden.device), valid.to(hidden.device)
-        columns = stage.columns.gather(1, slots).masked_fill(~valid, 0)
-        shorter = hidden.gather(1, slots[..., None].expand(rows, width, hidden.shape[-1]))
-        places = counted(prefill.valid, positions)
-        lost = places.amax(-1) - places.masked_fill(~prefill.valid, torch.iinfo(torch.long).max).amin(-1)
-        lost = lost + 1 - valid.sum(-1)
-        spatial = call.spatial if compact else None
-        if spatial is not None:
-            visual = [strand.entered for strand in prefill.strands]
-            spatial, lost = closed_up_in(prefill.valid, spatial.expand(-1, rows, -1), visual, columns, valid)
-        if prefill.stages and prefill.stages[-1].layer == number:
-            prefill.stages.pop()  # two steps at one layer leave one stage
-        moves = compact and bool(lost.any())
-        prefill.stages.append(
-            Stage(number, columns, valid, padded, lost, compact, moves, prefill.valid.shape[1], spatial)
-        )
-        return shorter, starts
 
     # What the layers behind a cut are handed.
 
@@ -225,14 +190,12 @@ class DecoderSite(Site):
         mask, given, angles = (kwargs.get(name) for name in ("attention_mask", "position_ids", "position_embeddings"))
         key = (stage.layer, id(stage), id(mask), id(angles))
         if key not in prefill.prepared:
-            places = counted(prefill.valid, given)
             if stage.compact:
-                first = places.masked_fill(~prefill.valid, torch.iinfo(torch.long).max).amin(-1, keepdim=True)
-                positions = first + (stage.valid.long().cumsum(-1) - 1).clamp(min=0)
+                positions = prefill.first[:, None] + (stage.valid.long().cumsum(-1) - 1).clamp(min=0)
                 positions = positions.masked_fill(~stage.valid, 0)
                 angles = self.stack.rotary(hidden, positions if stage.spatial is None else stage.spatial, number)
             else:
-                positions = places.gather(1, stage.columns)
+                positions = prefill.places.gather(1, stage.columns)
                 angles = tuple(columns_of(each, stage.columns) for each in kwargs["position_embeddings"])
             prefill.prepared[key] = {
                 "position_ids": None if given is None else positions,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import nn
 
 from tokenreduce.attach.call import Call
-from tokenreduce.attach.views import TowerWatched, Watched
+from tokenreduce.attach.views import TowerWatched, Watched, unseen
 from tokenreduce.models.family import Inputs, ModelFamily
 from tokenreduce.reducer import Step
 
@@ -23,6 +23,7 @@ class Site:
     kind:    the steps that act there; label: what records call it; name: what tables call it.
     watched: the kind of :class:`Watched` that tells what signals can be shown there.
     before:  True if it acts before the language model; one_by_one: True if pictures must go through the tower singly.
+    asked:   what the signals of its own steps ask for.
     """
 
     kind: ClassVar[type[Step]]
@@ -33,8 +34,16 @@ class Site:
     one_by_one: ClassVar[bool] = False
 
     def __init__(self, attachment: Attachment, steps: Sequence[Any]) -> None:
+        """Raises ``ValueError`` for a signal that cannot be shown there."""
         self.attachment, self.steps = attachment, steps
         self.reducer, self.family = attachment.reducer, attachment.family
+        self.asked = self.watched(self.family, attachment.processor)
+        for step in steps:
+            for signal in step.sees:
+                try:
+                    signal.watch(self.asked)
+                except ValueError as error:  # Unseen, or a layer that does not exist
+                    raise unseen(self.reducer, step, signal, self.family, error) from error
 
     @classmethod
     def keeping(cls) -> Step | None:

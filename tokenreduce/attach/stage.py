@@ -124,10 +124,45 @@ class Prefill:
         """The stage behind the last cut, the whole prompt before the first."""
         return self.stages[-1] if self.stages else self._whole
 
+    @cached_property
+    def places(self) -> Tensor:
+        """The position ids of the whole prompt ``(rows, length)``: those that the layers are given, or counted."""
+        if self.positions is None:
+            return (self.valid.long().cumsum(-1) - 1).clamp(min=0)
+        return self.positions.long().expand(self.valid.shape)
 
-def counted(valid: Tensor, given: Tensor | None) -> Tensor:
-    """The position ids of the whole prompt ``(rows, length)``: those that the layers are given, or counted."""
-    return (valid.long().cumsum(-1) - 1).clamp(min=0) if given is None else given.long().expand(valid.shape)
+    @cached_property
+    def first(self) -> Tensor:
+        """The first position id of every row ``(rows,)``."""
+        return self.places.masked_fill(~self.valid, torch.iinfo(torch.long).max).amin(-1)
+
+    def cut(self, layer: int, slots: Tensor, valid: Tensor, compact: bool, spatial: Tensor | None) -> None:
+        """Open the stage behind a cut: ``slots`` of the last stage stay, ``(rows, n)`` as :func:`packed` gives them.
+        ``spatial`` ``(3, rows or 1, length)`` are the whole prompt's positions in space and time, where it has such."""
+        columns = self.last.columns.gather(1, slots).masked_fill(~valid, 0)
+        lost, closed = self.places.amax(-1) - self.first + 1 - valid.sum(-1), None
+        if compact and spatial is not None:
+            visual = [strand.entered for strand in self.strands]
+            spatial = spatial.expand(-1, len(valid), -1)
+            closed, lost = closed_up_in(self.valid, spatial, visual, columns, valid)
+        if self.stages and self.stages[-1].layer == layer:
+            self.stages.pop()  # two steps at one layer leave one stage
+        padded, moves = not bool(valid.all()), compact and bool(lost.any())
+        self.stages.append(Stage(layer, columns, valid, padded, lost, compact, moves, self.valid.shape[1], closed))
+
+
+def packed(kept: Sequence[Tensor], whole: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+    """The slots that stay in every row, side by side with padding on the side where the prompts ``whole``
+    ``(rows, length)`` have theirs: ``(rows, n)`` long, 0 at padding; ``(rows, n)`` bool, false there; and where in them
+    every row begins."""
+    rows, width = len(kept), max(len(slots) for slots in kept)
+    right = bool(whole[:, 0].all()) and not bool(whole.all())
+    starts = [0 if right else width - len(own) for own in kept]
+    slots, valid = torch.zeros(rows, width, dtype=torch.long), torch.zeros(rows, width, dtype=torch.bool)
+    for row, (start, own) in enumerate(zip(starts, kept, strict=True)):
+        slots[row, start : start + len(own)] = own
+        valid[row, start : start + len(own)] = True
+    return slots, valid, starts
 
 
 def closed_up_in(
