@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import types
+from functools import lru_cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
@@ -29,7 +30,7 @@ def check_knob_names(cls: type, knobs: dict[str, Any]) -> None:
 
 def with_tuples(cls: type, knobs: dict[str, Any]) -> dict[str, Any]:
     """The knobs, with lists (which is what configuration files hold) made tuples where the field declares one."""
-    hints = get_type_hints(cls)
+    hints = _declared(cls)
     return {
         name: tuple(value) if isinstance(value, list) and get_origin(hints[name]) is tuple else value
         for name, value in knobs.items()
@@ -38,11 +39,17 @@ def with_tuples(cls: type, knobs: dict[str, Any]) -> dict[str, Any]:
 
 def check_knobs(instance: Any) -> None:
     """Raise ``ValueError`` for a field of a dataclass instance whose value does not fit its declared type."""
-    hints = get_type_hints(type(instance))
+    hints = _declared(type(instance))
     for field in dataclasses.fields(instance):
         value, declared = getattr(instance, field.name), hints[field.name]
         if not _fits(value, declared):
             raise ValueError(f"{type(instance).__name__}: {field.name}={value!r} is not {_describe(declared)}")
+
+
+@lru_cache(maxsize=256)
+def _declared(cls: type) -> dict[str, Any]:
+    """The types of a class's fields, read once: reading them takes longer than all else in making an instance."""
+    return get_type_hints(cls)
 
 
 def _fits(value: Any, declared: Any) -> bool:
