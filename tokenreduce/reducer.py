@@ -505,6 +505,7 @@ _AT_ONCE = 1 << 18
 """How many of its numbers :func:`cover` works on at once: 1 MiB, which a processor's cache holds."""
 
 
+@torch.no_grad()
 def cover(rows: Tensor, count: int, weights: Tensor | None = None, gains: Tensor | None = None) -> Tensor:
     """The places of ``count`` columns, in the order in which a greedy search for maximum coverage picks them.
 
