@@ -12,6 +12,7 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from tokenreduce import create
+from tokenreduce.catalog.description import example
 from tokenreduce.reducer import TokenReducer
 from tokenreduce.registry import REDUCERS
 from tokenreduce.testing import tiny_llava
@@ -48,10 +49,13 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def made(clip: Path) -> Callable[[str], TokenReducer]:
-    """Any reducer by its name, with its own settings; what it loads is a small checkpoint."""
+    """Any reducer by its name, with its own settings or those of a preset; what it loads is a small checkpoint."""
 
     def made(name: str) -> TokenReducer:
-        loads = any(field.name == "clip" for field in dataclasses.fields(REDUCERS.get(name)))
-        return create(name, **({"clip": str(clip)} if loads else {}))
+        if any(field.name == "clip" for field in dataclasses.fields(REDUCERS.get(name))):
+            return create(name, clip=str(clip))
+        reducer = example(name, REDUCERS.get(name))
+        assert reducer is not None, f"{name} has knobs without default, and no preset sets them"
+        return reducer
 
     return made

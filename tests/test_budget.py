@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -20,7 +20,7 @@ WIDE = Layout((Tile(Grid(12, 20)), Tile(Grid(30, 30), picture=1)), text=20)
 DECODER = LlamaConfig()
 ADAPTIVE = {"prumerge", "prumerge_plus"}
 WITHOUT_KNOB = {"none", "no_image"}
-INSIDE = {"fastv", "dart", "pyramiddrop", "sparsevlm", "vtw"}
+INSIDE = {"fastv", "dart", "efficientvla", "llavolta", "pyramiddrop", "sparsevlm", "vtw"}
 """They drop inside the language model: what enters is always everything."""
 
 
@@ -67,12 +67,14 @@ def test_planned_counts_give_the_flops_that_papers_print() -> None:
 @pytest.mark.parametrize("currency", ["tokens", "layer_mean", "flops"])
 @pytest.mark.parametrize(("value", "layouts"), [(0.5, (SQUARE,)), (0.34, (SQUARE, WIDE))])
 @pytest.mark.parametrize("name", sorted({*available("reducers")} - ADAPTIVE - WITHOUT_KNOB - {"chain"}))
-def test_every_method_can_cost_the_same(name: str, layouts: Sequence[Layout], value: float, currency: Currency) -> None:
+def test_every_method_can_cost_the_same(
+    made: Callable[[str], TokenReducer], name: str, layouts: Sequence[Layout], value: float, currency: Currency
+) -> None:
     if currency == "tokens" and name in INSIDE:
         with pytest.raises(ValueError, match=r"it always costs \d+ visual tokens entering .* use budget=layer_mean"):
-            solved(name, currency, value, layouts)
+            solve(made(name), Budget(currency, value), LLAVA, layouts, DECODER)
         return
-    solution = solve(create(name), Budget(currency, value), LLAVA, layouts, DECODER)
+    solution = solve(made(name), Budget(currency, value), LLAVA, layouts, DECODER)
     assert solution.least < solution.asked < solution.most
     counts = [layer_counts(solution.reducer, LLAVA, layout) for layout in layouts]
     match currency:
@@ -85,6 +87,7 @@ def test_every_method_can_cost_the_same(name: str, layouts: Sequence[Layout], va
             spent = [decoder_flops([text + n for n in each], DECODER) for text, each in zip(texts, counts, strict=True)]
     assert solution.expected == pytest.approx(sum(spent) / len(layouts))
     coarse = 0.03 if name in {"fopru_row", "downsample", "pool", "vtw"} else 0.005
+    coarse = 0.05 if name == "llavolta" else coarse  # a stride is a whole number
     assert solution.expected / solution.whole == pytest.approx(value, abs=coarse)
 
 

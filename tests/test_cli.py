@@ -119,7 +119,11 @@ def test_a_finished_run_is_not_done_again(run: Run) -> None:
 
 @pytest.mark.parametrize("reducer", REDUCERS.names())
 def test_every_reducer_runs(reducer: str, run: Run, clip: Path) -> None:
-    required = {"chain": ["reducer.reducers=[{name: pool, keep: 0.5}, {name: uniform, keep: 4}]"]}.get(reducer, [])
+    required = {
+        "chain": ["reducer.reducers=[{name: pool, keep: 0.5}, {name: uniform, keep: 4}]"],
+        "efficientvla": ["reducer.alpha=0.5", "reducer.layer=0.5"],
+        "vmtc": ["reducer.clusters=0.25", "reducer.layer=-2", "reducer.iterations=10"],
+    }.get(reducer, [])
     if any(field.name == "clip" for field in dataclasses.fields(REDUCERS.get(reducer))):
         required = [f"reducer.clip={clip}"]
     outcome = run(f"reducer={reducer}", *required, *QUICK)

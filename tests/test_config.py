@@ -23,6 +23,8 @@ REQUIRED = {
     "chain": ["reducer.reducers=[{name: pool, keep: 0.5}, {name: uniform, keep: 4}]"],
     "jsonl": ["benchmark.path=FOLDER"],
     "hf": ["benchmark.path=NAME"],
+    "efficientvla": ["reducer.alpha=0.5", "reducer.layer=0.5"],
+    "vmtc": ["reducer.clusters=0.25", "reducer.layer=-2", "reducer.iterations=10"],
 }
 """What a choice that has no default for some knob cannot be composed without."""
 GROUPS = ("model", "reducer", "budget", "benchmark", "runtime", "tracking", "launcher", "experiment")

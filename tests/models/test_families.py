@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from tokenreduce import available, create, reduce_tokens
+from tokenreduce import available, reduce_tokens
 from tokenreduce.models.family import family_of
 from tokenreduce.models.loading import load
 from tokenreduce.reducer import AtDecoder, AtEncoder, AtEncoderOutput, AtProjector, Step, TokenReducer
@@ -25,6 +25,7 @@ from tokenreduce.testing.invariants import (
     equals_the_literal_sequence,
     neighbours_do_not_matter,
 )
+from tokenreduce_plugins.baselines import NoImage
 
 Checkpoint = Callable[[str], Path]
 REDUCERS = [name for name in available("reducers") if name != "chain"]
@@ -81,7 +82,7 @@ def test_a_class_token_is_announced(loaded: Loaded) -> None:
 @pytest.mark.parametrize("name", REDUCERS)
 def test_reducer(loaded: Loaded, made: Callable[[str], TokenReducer], name: str) -> None:
     reducer = _of_a_small_tile(made(name))
-    if reason := _refusal(loaded.model, name):
+    if reason := _refusal(loaded.model, reducer):
         with pytest.raises(ValueError, match="cannot host") as refused, reduce_tokens(loaded.model, reducer):
             pass
         assert reason in str(refused.value)
@@ -114,11 +115,11 @@ def _of_a_small_tile(reducer: TokenReducer) -> TokenReducer:
     return dataclasses.replace(reducer, keep=0.5) if ratio else reducer  # type: ignore[call-arg]
 
 
-def _refusal(model: PreTrainedModel, name: str) -> str:
+def _refusal(model: PreTrainedModel, reducer: TokenReducer) -> str:
     """Why the model's family cannot host a reducer; nothing where it can."""
     family = family_of(model, MODELS.usable())
-    if name == "no_image":
+    if isinstance(reducer, NoImage):
         return ""
-    steps = [type(step) for step in create(name).steps(family.geometry)]
+    steps = [type(step) for step in reducer.steps(family.geometry)]
     reasons = [family.unhosted[step] for step in steps if not family.hosts(step)]
     return reasons[0] if reasons else ""

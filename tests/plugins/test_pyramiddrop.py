@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tokenreduce.reducer import Selection, Step, VisualTokens
+from tokenreduce import create
+from tokenreduce.counts import Layout, layer_counts
+from tokenreduce.reducer import Grid, Selection, Step, Tile, VisualTokens
 from tokenreduce.signals import Attention, LookAheadAttention
 from tokenreduce_plugins.pyramiddrop import PyramidDrop
 
@@ -126,3 +128,18 @@ def test_published_counts() -> None:
 def test_stages_that_do_not_fit_together_are_refused(knobs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PyramidDrop(**knobs)
+
+
+@pytest.mark.parametrize(
+    ("preset", "counts", "mean"),
+    [
+        ("script", [460, 288, 144], 0.6375),
+        ("qa", [460, 345, 230], 0.7),
+        ("class", [288, 144, 72], 0.46875),
+        ("ate", [518, 460, 432, 403, 345, 316, 288, 259, 230, 144], 0.6625),
+    ],
+)
+def test_schedules_of_adatoken_3d(preset: str, counts: list[int], mean: float) -> None:
+    per_layer = layer_counts(create(f"adatoken_3d_{preset}"), GEOMETRY, Layout((Tile(Grid(24, 24)),)))
+    assert list(dict.fromkeys(per_layer)) == [576, *counts]
+    assert sum(per_layer) / (32 * 576) == pytest.approx(mean, abs=1e-3)

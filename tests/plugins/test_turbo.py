@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from tokenreduce import create
-from tokenreduce.reducer import Span, Tile
+from tokenreduce.reducer import Grid, Span, Tile
 from tokenreduce_plugins.tome import ToMe, Turbo, match
 
 from .clip import clip_llava, encode
-from .golden import GEOMETRY, Grid, random, show, stored
+from .golden import GEOMETRY, random, show, stored
 
 KEYS = torch.tensor([[1.0, 0], [1, 0.1], [0, 1], [0.1, 1], [1, 1], [1, 0.9]])
 ATTENTION = torch.tensor([0.4, 0.1, 0.02, 0.1, 0.2, 0.18])

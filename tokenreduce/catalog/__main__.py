@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tokenreduce.catalog.description import REGISTRIES, described, find, hosted, knobs, plugins, presets
+from tokenreduce.catalog.description import REGISTRIES, described, example, find, hosted, knobs, plugins, presets
 from tokenreduce.catalog.scaffold import create_package
 from tokenreduce.catalog.table import models_table, table
 from tokenreduce.catalog.verdict import FAILED, Finding, findings
@@ -115,8 +115,8 @@ def _show(options: argparse.Namespace) -> int:
         "classes": ", ".join(getattr(plugin, "classes", ())),
         "sites": ", ".join(hosted(plugin)) if issubclass(plugin, ModelFamily) else "",
     }
-    if registry.kind == "reducer" and all(knob.default is not None for knob in settings):
-        sites, signals = described(plugin())
+    if registry.kind == "reducer" and (reducer := example(options.name, plugin)) is not None:
+        sites, signals = described(reducer)
         facts |= {"sites": ", ".join(sites), "signals": ", ".join(signals)}
     console.print()
     for fact, value in facts.items():

@@ -22,7 +22,7 @@ from tokenreduce.benchmarks.benchmark import Benchmark
 from tokenreduce.knobs import nearest
 from tokenreduce.models.family import ModelFamily
 from tokenreduce.reducer import Geometry, Grid, Step, TokenReducer
-from tokenreduce.registry import BENCHMARKS, CONFIGURATIONS, MODELS, REDUCERS, Problem, Registry
+from tokenreduce.registry import BENCHMARKS, CONFIGURATIONS, MODELS, REDUCERS, Problem, Registry, required_knobs
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
@@ -133,6 +133,15 @@ def presets(kind: str, name: str) -> dict[str, dict[str, Any]]:
     return found
 
 
+def example(name: str, plugin: type[TokenReducer]) -> TokenReducer | None:
+    """A reducer with its defaults. Where some knob has none, as the first preset that sets all such knobs has it;
+    None if there is no such preset."""
+    needed = set(required_knobs(plugin))
+    complete = (settings for settings in ({}, *presets("reducer", name).values()) if needed <= settings.keys())
+    settings = next(complete, None)
+    return None if settings is None else REDUCERS.create(plugin, **settings)
+
+
 def _claims() -> list[Problem]:
     """Model families that name a class which another serves: built-in ones come first, then the alphabet decides."""
     problems, owners = [], dict[str, str]()
@@ -149,8 +158,8 @@ def _plugin(registry: Registry[Any], name: str, plugin: type) -> Plugin:
     source = ""
     if issubclass(plugin, TokenReducer):
         source = plugin.paper
-        if all(knob.default is not None for knob in knobs(plugin)):
-            at, signals = described(plugin())
+        if (reducer := example(name, plugin)) is not None:
+            at, signals = described(reducer)
     elif issubclass(plugin, ModelFamily):
         at, source = hosted(plugin), ", ".join(plugin.classes)
     elif issubclass(plugin, Benchmark):

@@ -10,7 +10,7 @@ from typing import Any
 from tokenreduce import signals as interface
 from tokenreduce.attach import sites
 from tokenreduce.attach.views import DecoderWatched, TowerWatched, Watched
-from tokenreduce.catalog.description import GRID, LLAVA, described, site_name
+from tokenreduce.catalog.description import GRID, LLAVA, described, example, site_name
 from tokenreduce.models.family import ModelFamily
 from tokenreduce.reducer import AtEncoder, Geometry, Span, Tile, TokenReducer
 from tokenreduce.registry import BUILT_IN, MODELS, REDUCERS
@@ -47,11 +47,11 @@ def row(name: str, reducer: TokenReducer) -> str:
 
 
 def table() -> str:
-    """All built-in reducers that can be made with their defaults."""
+    """All built-in reducers, with their defaults or as their first preset makes them."""
     lines = [HEADER, "|" + "---|" * (HEADER.count("|") - 1)]
-    for name, reducer in sorted(REDUCERS.usable().items()):
-        if name != "chain" and REDUCERS.package(name) == BUILT_IN:
-            lines.append(row(name, reducer()))
+    for name, plugin in sorted(REDUCERS.usable().items()):
+        if name != "chain" and REDUCERS.package(name) == BUILT_IN and (reducer := example(name, plugin)) is not None:
+            lines.append(row(name, reducer))
     return "\n".join(lines)
 
 
