@@ -87,7 +87,7 @@ def test_every_method_can_cost_the_same(
             spent = [decoder_flops([text + n for n in each], DECODER) for text, each in zip(texts, counts, strict=True)]
     assert solution.expected == pytest.approx(sum(spent) / len(layouts))
     coarse = 0.03 if name in {"fopru_row", "downsample", "pool", "vtw"} else 0.005
-    coarse = 0.05 if name == "llavolta" else coarse  # a stride is a whole number
+    coarse = 0.07 if name == "llavolta" else coarse  # between strides of 2 and 3
     assert solution.expected / solution.whole == pytest.approx(value, abs=coarse)
 
 
