@@ -46,25 +46,24 @@ class CdPruner(TokenReducer):
 def scaled(relevance: Tensor) -> Tensor:
     """Relevance from about 0 to 1; all 1 where nothing tells the tokens apart."""
     low, high = relevance.min(), relevance.max()
-    return (relevance - low + 1e-6) / (high - low) if high > low else torch.ones_like(relevance)
+    return ((relevance - low + 1e-6) / (high - low)).where(high > low, 1.0)
 
 
 def diverse(unit: Tensor, relevance: Tensor, count: int) -> Tensor:
     """The places of ``count`` tokens, in the order in which greedy MAP inference picks them.
 
-    The kernel is the likeness of ``unit`` (tokens, dim) weighted by ``relevance`` (tokens,) on both sides; its rows are
-    computed as they are needed, and its Cholesky factor grows by one row a pick.
+    The kernel is the likeness of ``unit`` (tokens, dim) weighted by ``relevance`` (tokens,) on both sides. Where the
+    official code computes it and its Cholesky factor, a row a pick, this makes an orthonormal basis of the picked
+    tokens, a direction a pick: what the tokens have along a direction is that row of the factor.
     """
     weighted = relevance[:, None] * unit
     gain = weighted.square().sum(dim=-1)
-    floor = torch.finfo(gain.dtype).eps * gain.max()
-    factor = weighted.new_zeros(count, len(weighted))
-    picked: list[int] = []
+    basis = weighted.new_zeros(count, weighted.shape[1])
+    picked = torch.empty(count, dtype=torch.long, device=unit.device)
     for step in range(count):
-        best = int(gain.argmax())
-        row = weighted @ weighted[best] - factor[:step, best] @ factor[:step]
-        factor[step] = row / gain[best].clamp(min=floor).sqrt()
-        gain = (gain - factor[step].square()).clamp(min=0)
-        picked.append(best)
-        gain[picked] = -torch.inf
-    return torch.tensor(picked, device=unit.device)
+        best = gain.argmax(keepdim=True)
+        token = weighted[best][0]
+        basis[step] = normalize(token - basis[:step] @ token @ basis[:step], dim=0)
+        picked[step : step + 1] = best
+        gain = (gain - (weighted @ basis[step]).square()).clamp(min=0).index_fill(0, picked[: step + 1], -torch.inf)
+    return picked
