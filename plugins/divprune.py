@@ -18,13 +18,13 @@ def diverse(features: Tensor, count: int) -> Tensor:
     cosines *= inverse
     cosines *= inverse[:, None]
     nearest = cosines.fill_diagonal_(-torch.inf).amax(dim=0)
-    picked = [int(nearest.argmin())]
     cosines.fill_diagonal_(torch.inf)  # once picked, never again
-    nearest = cosines[picked[0]]
+    picked = [nearest.argmin(keepdim=True)]
+    (nearest,) = cosines[picked[0]]
     while len(picked) < count:
-        picked.append(int(nearest.argmin()))
-        nearest = torch.maximum(nearest, cosines[picked[-1]])
-    return torch.tensor(picked, device=features.device)
+        picked.append(nearest.argmin(keepdim=True))
+        nearest = torch.maximum(nearest, cosines[picked[-1]][0])
+    return torch.cat(picked)
 
 
 def products(rows: Tensor) -> Tensor:
