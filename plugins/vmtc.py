@@ -99,10 +99,10 @@ def seeds(unit: Tensor, draws: Tensor) -> Tensor:
     odds = torch.full_like(unit[:, 0], 2)
     for row in draws:
         # The least of exponential variables with these rates is a draw with these odds, and stays on the device.
-        picked.append((-row.log() / odds).argmin())
-        distance = (1 - unit @ unit[picked[-1]]).clamp(min=torch.finfo(unit.dtype).eps)
+        picked.append((-row.log() / odds).argmin(keepdim=True))
+        distance = (1 - unit @ unit[picked[-1]][0]).clamp(min=torch.finfo(unit.dtype).eps)
         odds = torch.minimum(odds, distance).index_fill(0, picked[-1], 0)  # once picked, never again
-    return torch.stack(picked)
+    return torch.cat(picked)
 
 
 def assigned(likeness: Tensor) -> Tensor:

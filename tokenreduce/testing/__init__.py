@@ -2,6 +2,7 @@
 
 from tokenreduce.testing.benchmarks import BENCHMARK_INVARIANTS, check_benchmark
 from tokenreduce.testing.invariants import INVARIANTS, Identity, InvariantError, check_reducer
+from tokenreduce.testing.made_up import MadeUp
 from tokenreduce.testing.models import prompts, tiny_llava
 from tokenreduce.testing.tokens import visual_tokens
 
@@ -10,6 +11,7 @@ __all__ = [
     "INVARIANTS",
     "Identity",
     "InvariantError",
+    "MadeUp",
     "check_benchmark",
     "check_reducer",
     "prompts",
