@@ -116,6 +116,9 @@ class View(Protocol):
         """The input embeddings of the question's tokens: ``(tokens, dim)``. ``parts`` says what of the question is
         read: texts whose tokens are made one text after the other; by default all of it at once."""
 
+    def paired_text(self) -> Tensor:
+        """The input embeddings of the text behind a picture, up to the next one: ``(tokens, dim)``."""
+
     def clip(self, checkpoint: str, truncate: bool = False) -> Clip:
         """A tile's states and the question in the space of a CLIP model; ``truncate`` as of :class:`ClipSpace`."""
 
@@ -236,6 +239,17 @@ class QuestionEmbeddings(Signal):
 
     def value(self, view: View) -> Tensor:
         return view.question_embeddings()
+
+
+@dataclass(frozen=True)
+class PairedText(Signal):
+    """The text that stands behind a tile's picture in the prompt, up to the next picture, in the language model's own
+    embedding table: ``(tokens, dim)``. Where demonstrations are interleaved with pictures, each is its picture's."""
+
+    text: ClassVar[bool] = True
+
+    def value(self, view: View) -> Tensor:
+        return view.paired_text()
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ from tokenreduce.signals import (
     EncoderAttention,
     EncoderHidden,
     LookAheadAttention,
+    PairedText,
     QuestionEmbeddings,
     Signal,
     TextEmbeddings,
@@ -246,6 +247,38 @@ def test_parts_of_the_question_are_read_one_by_one(checkpoint: Checkpoint) -> No
     first, second = (seen[LongWords()][0] for seen in reducer.seen)
     assert torch.equal(first, expected)
     assert second.shape == (0, expected.shape[1]), "where nothing of it is read"
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_every_picture_has_the_text_behind_it(masked: bool) -> None:
+    """A demonstration with a text, one without, and the question; beside it a short prompt with padding at its end."""
+    model = tiny_llava()
+    model.generation_config.pad_token_id = 0
+    image, table = [3] * 36, model.get_input_embeddings()
+    texts = [[[7, 8, 9], [], [10, 11]], [[12]]]
+    rows = [[1, *(token for text in row for token in [*image, *text])] for row in texts]
+    ids = torch.tensor([row + [0] * (len(rows[0]) - len(row)) for row in rows])
+    pixels = torch.cat([prompts(model, [1], seed=seed)["pixel_values"] for seed in range(4)])
+    given = {"input_ids": ids, "pixel_values": pixels, **({"attention_mask": (ids != 0).long()} if masked else {})}
+    reducer = Looks(
+        given=(AtProjector(sees=(PairedText(),)), AtDecoder(layer=2, scope="picture", sees=(PairedText(),)))
+    )
+    with reduce_tokens(model, reducer), torch.no_grad():
+        model.generate(**given, max_new_tokens=1)
+    expected = [table(torch.tensor(text, dtype=torch.long)) for row in texts for text in row]
+    found = [seen[PairedText()][0] for seen in reducer.seen]
+    assert len(found) == 8
+    assert all(map(torch.equal, found, [*expected, *expected]))
+    together = Looks(given=(AtProjector(scope="sample", sees=(Joint(),)),))
+    with pytest.raises(ValueError, match="every picture has its own"), reduce_tokens(model, together):
+        model(**given)
+
+
+@dataclass(frozen=True)
+class Joint(PairedText):
+    """The text of all pictures at once, which there is none of."""
+
+    joint: ClassVar[bool] = True
 
 
 def test_a_long_question_is_cut_into_segments_or_cut_off(clip: Path) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from tokenreduce.attach import taps
+from tokenreduce.attach import masks, taps
 from tokenreduce.attach.call import Call
 from tokenreduce.attach.clip import clip_space
 from tokenreduce.models.family import ModelFamily
@@ -165,6 +165,19 @@ class Sight:
         ids = torch.cat([torch.empty(0, dtype=torch.long), *(tokens["input_ids"][0].long() for tokens in read)])
         embeddings = attachment.model.get_input_embeddings()
         return embeddings(ids.to(self.call.inputs["input_ids"].device))
+
+    def paired_text(self) -> Tensor:
+        call, attachment = self.call, self.call.attachment
+        pictures = {track.tile.picture for track in self.tracks}
+        if len(pictures) != 1:
+            raise Unseen("every picture has its own: ask for that of each tile")
+        behind = [columns for _, columns in call.rows[self.row]][pictures.pop() :]
+        ids, mask = call.inputs["input_ids"], call.inputs.get("attention_mask")
+        if mask is None:
+            mask = masks.of(call.inputs, attachment.model.generation_config, call.generating)
+        own = slice(int(behind[0][-1]) + 1, int(behind[1][0]) if len(behind) > 1 else None)
+        text = ids[self.row, own][mask[self.row, own] != 0]
+        return attachment.model.get_input_embeddings()(text)
 
     def _question(self) -> str:
         question = self.call.question(self.row)
