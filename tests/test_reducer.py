@@ -166,6 +166,13 @@ def test_cover_picks_what_a_literal_greedy_search_picks(monkeypatch: pytest.Monk
     assert cover(rows, 9, weights, gains).tolist() == expected
 
 
+def test_cover_multiplies_what_a_column_covers_and_not_what_it_adds_in_any_case() -> None:
+    rows, factors = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), torch.tensor([0.1, 1.0])
+    assert cover(rows, 1).tolist() == [0]
+    assert cover(rows, 1, factors=factors).tolist() == [1], "0.1 * 2 against 1"
+    assert cover(rows, 1, gains=torch.tensor([0.9, 0.0]), factors=factors).tolist() == [0], "0.1 * 2 + 0.9 against 1"
+
+
 def test_cover_takes_the_first_of_equals_and_repeats_none() -> None:
     assert cover(torch.ones(3, 4), 4).tolist() == [0, 1, 2, 3]
     assert cover(torch.ones(3, 4), 2, gains=torch.tensor([0.0, 0.0, 1.0, 0.0])).tolist() == [2, 0]

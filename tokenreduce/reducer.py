@@ -506,7 +506,13 @@ _AT_ONCE = 1 << 18
 
 
 @torch.no_grad()
-def cover(rows: Tensor, count: int, weights: Tensor | None = None, gains: Tensor | None = None) -> Tensor:
+def cover(
+    rows: Tensor,
+    count: int,
+    weights: Tensor | None = None,
+    gains: Tensor | None = None,
+    factors: Tensor | None = None,
+) -> Tensor:
     """The places of ``count`` columns, in the order in which a greedy search for maximum coverage picks them.
 
     A row is covered as well as the best of the picked columns covers it, and before that not at all. The search always
@@ -515,6 +521,7 @@ def cover(rows: Tensor, count: int, weights: Tensor | None = None, gains: Tensor
     rows:    ``(rows, columns)``, how well every column covers every row. Beside them little memory is used.
     weights: ``(rows,)``, how much every row counts, by default 1.
     gains:   ``(columns,)``, what every column adds in any case, by default nothing.
+    factors: ``(columns,)``, what the coverage that a column adds is multiplied by, by default 1.
 
     >>> cover(torch.tensor([[0.9, 0.1, 0.8], [0.1, 0.8, 0.7]]), 2)
     tensor([2, 1])
@@ -522,12 +529,13 @@ def cover(rows: Tensor, count: int, weights: Tensor | None = None, gains: Tensor
     height = max(1, _AT_ONCE // rows.shape[1])
     weights = rows.new_ones(len(rows)) if weights is None else weights
     gains = rows.new_zeros(rows.shape[1]) if gains is None else gains.clone()
+    factors = gains.new_ones(len(gains)) if factors is None else factors
     covered = rows.new_zeros(len(rows), 1)
     picked = torch.empty(count, dtype=torch.long, device=rows.device)
     for step in range(count):
         added = gains.clone()
         for part, so_far, weight in zip(*(each.split(height) for each in (rows, covered, weights)), strict=True):
-            added += weight @ (part - so_far).clamp_(min=0)
+            added += factors * (weight @ (part - so_far).clamp_(min=0))
         place = added.argmax(keepdim=True)
         picked[step : step + 1] = place
         gains.index_fill_(0, place, -torch.inf)
