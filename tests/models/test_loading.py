@@ -11,6 +11,7 @@ import torch
 from huggingface_hub.errors import RepositoryNotFoundError
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import PaliGemmaForConditionalGeneration
 
 from tokenreduce.models.loading import EMBEDDED, load, supported_classes
 from tokenreduce.testing import tiny_llava
@@ -114,6 +115,8 @@ def test_settings_of_the_image_processor_are_overridden(checkpoint: Path) -> Non
         load(str(checkpoint), image={"tiles": 3})
 
 
-def test_a_kernel_that_a_model_cannot_do_with_is_named(tmp_path: Path) -> None:
+def test_a_kernel_that_a_model_cannot_do_with_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As PaliGemma 2 in some versions of transformers."""
+    monkeypatch.setattr(PaliGemmaForConditionalGeneration, "_supports_sdpa", False)
     with pytest.raises(ValueError, match=r"attention='sdpa': use runtime\.attention=eager"):
         load(str(write_checkpoint("paligemma2", tmp_path)))

@@ -19,7 +19,7 @@ from transformers import DynamicCache
 
 from tokenreduce.attach import caches, taps
 from tokenreduce.attach.call import Call
-from tokenreduce.attach.hooks import Hook
+from tokenreduce.attach.hooks import HOOKS_RUN_AGAIN, Hook, refuse_checkpoints
 from tokenreduce.attach.site import Site
 from tokenreduce.attach.stage import Prefill, Stage, columns_of, packed
 from tokenreduce.attach.views import DecoderSight, DecoderWatched, shown
@@ -60,6 +60,8 @@ class DecoderSite(Site):
     def check(self) -> None:
         if self.stack.kernel == "flex_attention":
             raise ValueError("flex_attention's block masks cannot be shortened: load the model with sdpa attention")
+        if HOOKS_RUN_AGAIN:
+            refuse_checkpoints(self.stack.layers, self.reducer)
 
     def modules(self) -> list[nn.Module]:
         return [self.stack.module, *self.stack.layers]

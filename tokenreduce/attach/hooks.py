@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+HOOKS_RUN_AGAIN = "__call__" in vars(GradientCheckpointingLayer)
+"""True where transformers, before 5.23, runs the hooks of a checkpointed layer a second time for its gradients."""
 
 
 class Hook:
@@ -34,6 +39,18 @@ def nothing(*args: Any, **kwargs: Any) -> None:
 
 def _nothing() -> Callable[..., None]:
     return nothing
+
+
+def refuse_checkpoints(layers: Iterable[nn.Module], reducer: object) -> None:
+    """Raise ``ValueError`` if gradients are asked for and some layer is checkpointed: it will run again, and without
+    what ``reducer`` does in it."""
+    if torch.is_grad_enabled() and any(
+        getattr(layer, "gradient_checkpointing", False) and layer.training for layer in layers
+    ):
+        raise ValueError(
+            f"gradient checkpointing runs layers a second time, where {type(reducer).__name__} would not act: call "
+            "model.gradient_checkpointing_disable() first"
+        )
 
 
 class Method:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tokenreduce.attach.call import Call
 from tokenreduce.attach.encoding import Encoding
-from tokenreduce.attach.hooks import Hook
+from tokenreduce.attach.hooks import HOOKS_RUN_AGAIN, Hook, refuse_checkpoints
 from tokenreduce.attach.site import Site
 from tokenreduce.attach.views import TowerSight, shown
 from tokenreduce.models.family import ModelFamily
@@ -46,13 +46,8 @@ class TowerSite(Site):
 
     def check(self) -> None:
         """A checkpointed layer runs again when gradients are computed, and then without the steps inside it."""
-        if not torch.is_grad_enabled() or all(step.where == "block" for step in self.steps):
-            return
-        if any(getattr(layer, "gradient_checkpointing", False) and layer.training for layer in self.modules()):
-            raise ValueError(
-                f"gradient checkpointing runs the vision encoder's layers a second time, where "
-                f"{type(self.reducer).__name__} would not act: call model.gradient_checkpointing_disable() first"
-            )
+        if HOOKS_RUN_AGAIN or any(step.where != "block" for step in self.steps):
+            refuse_checkpoints(self.modules(), self.reducer)
 
     @property
     def by_layer(self) -> dict[int, list[AtEncoder]]:
