@@ -95,7 +95,8 @@ def test_suppression() -> None:
 def test_threshold() -> None:
     unit = normalize(random(9, 4) + 0.5, dim=-1)
     cosines = unit @ unit.T
-    torch.testing.assert_close(limit(unit, 16, True).float(), 16 / 32 * cosines[tuple(torch.triu_indices(9, 9, 1))].mean())
+    pairs = cosines[tuple(torch.triu_indices(9, 9, 1))]
+    torch.testing.assert_close(limit(unit, 16, True).float(), 16 / 32 * pairs.mean())
     torch.testing.assert_close(limit(unit, 2, False).float(), 36 / 9 * cosines.triu().mean())
     torch.testing.assert_close(limit(unit[:1], 1, True).float(), torch.tensor(0.0))
 
