@@ -476,6 +476,8 @@ def checked(reducer: TokenReducer, step: Step, tokens: VisualTokens) -> Selectio
         raise ValueError(f"{name} returned features of shape {tuple(selection.features.shape)}, not {expected}")
     if selection.source is not None and len(selection.source) != len(tokens):
         raise ValueError(f"{name} returned a source of {len(selection.source)} entries for {len(tokens)} tokens")
+    if selection.sight is not None and step.decoder_layer(tokens.span.geometry) is None:
+        raise ValueError(f"{name} says who may attend to whom before the language model: only AtDecoder steps can")
     for what in ("size", "values"):
         given = getattr(selection, what)
         if given is not None and len(given) != len(index):

@@ -274,6 +274,10 @@ class Selection:
     size:     ``(k,)``, how many original tokens each row holds, where attention shall count them (in the encoder).
     values:   ``(k, ...)``, numbers of the method's own that follow their rows into its later steps.
     carry:    anything that the same reducer wants to find in ``tokens.carried`` at its next step.
+    sight:    ``(sequence, sequence)`` int8, inside the language model: from this layer on the token of a row may (1) or
+              may not (-1) attend to that of a column, whatever the layer says; 0 leaves it to the layer. Places are in
+              the whole sequence that signals show. Tokens that follow may not attend to what the prompt's last one may
+              not.
     """
 
     index: Tensor
@@ -282,6 +286,7 @@ class Selection:
     size: Tensor | None = None
     values: Tensor | None = None
     carry: Any = None
+    sight: Tensor | None = None
 
     def sources(self, entering: int) -> Tensor:
         """``source``, or the one that plain dropping implies: ``(entering,)`` long."""

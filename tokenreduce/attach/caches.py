@@ -72,6 +72,7 @@ def leave(call: Call, inputs: Mapping[str, Any], output: Any) -> None:
     whole = all(each.entering == each.visual_tokens and len({*each.lengths}) == 1 for each in call.samples)
     whole = whole and (before is None or before.whole)
     stages = call.stages or (before.stages if before else ())
+    whole = whole and all(stage.sight is None for stage in stages)
     if not isinstance(cache, _Shortened):
         kind: Any = type(cache)
         cache.__class__ = _shortened(kind)

@@ -21,7 +21,7 @@ from tokenreduce.attach import caches, taps
 from tokenreduce.attach.call import Call
 from tokenreduce.attach.hooks import HOOKS_RUN_AGAIN, Hook, refuse_checkpoints
 from tokenreduce.attach.site import Site
-from tokenreduce.attach.stage import Prefill, Stage, columns_of, packed
+from tokenreduce.attach.stage import Prefill, Stage, columns_of, packed, sighted
 from tokenreduce.attach.views import DecoderSight, DecoderWatched, shown
 from tokenreduce.models.family import ModelFamily
 from tokenreduce.models.stack import cache_of
@@ -152,6 +152,7 @@ class DecoderSite(Site):
         arguments = self._prefilling(prefill, stage, number, hidden, kwargs) if prefill.stages else kwargs
         sight = partial(DecoderSight, call, self.stack, prefill, number, hidden, arguments, {})
         kept, changed, features = [], [], []
+        sights: list[list[Tensor]] = [[] for _ in prefill.strands]
         for place, strand in enumerate(prefill.strands):
 
             def choose(group: Group, slots: Tensor, place: int = place) -> tuple[Taken, Tensor]:
@@ -162,6 +163,8 @@ class DecoderSite(Site):
                 states = hidden[place, slots.to(hidden.device)]
                 geometry, seed = self.family.geometry, partial(call.fingerprint, whole.row, whole.numbers)
                 taken = group.select(self.reducer, step, states, geometry, shown(self, step, views, whole), seed)
+                if taken.selection.sight is not None:
+                    sights[place].append(taken.selection.sight)
                 return taken, taken.rows(states)
 
             stays = valid[place].clone()
@@ -176,7 +179,8 @@ class DecoderSite(Site):
             strand.journey.note(f"{self.label} {number}")
         slots, valid, starts = packed(kept, prefill.valid)
         slots, valid = slots.to(hidden.device), valid.to(hidden.device)
-        prefill.cut(number, slots, valid, self.reducer.positions_after(step) == "compact", call.spatial)
+        compact, said = self.reducer.positions_after(step) == "compact", sighted(stage, sights)
+        prefill.cut(number, slots, valid, compact, call.spatial, said)
         shorter = hidden.gather(1, slots[..., None].expand(*slots.shape, hidden.shape[-1]))
         for place, (start, strand) in enumerate(zip(starts, prefill.strands, strict=True)):
             strand.slots = strand.slots + start
@@ -202,7 +206,7 @@ class DecoderSite(Site):
             prefill.prepared[key] = {
                 "position_ids": None if given is None else positions,
                 "position_embeddings": angles,
-                "attention_mask": stage.shortened(mask, self.stack, hidden.dtype),
+                "attention_mask": stage.mask(mask, self.stack, hidden.dtype),
             }
         return {**kwargs, **prefill.prepared[key]}
 
@@ -221,7 +225,13 @@ class DecoderSite(Site):
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.ndim == 2:
             changed["attention_mask"] = torch.cat([stage.valid.to(mask.dtype), mask[:, -new:]], dim=1)
-        elif mask is not None or stage.padded or queries > 1 or self.stack.slides(number, width + new):
+        elif (
+            mask is not None
+            or stage.padded
+            or stage.sight is not None
+            or queries > 1
+            or self.stack.slides(number, width + new)
+        ):
             slides = cache.layers[number].is_sliding
             allowed = stage.behind(new, queries, self.stack.sliding_window(number), slides)
             changed["attention_mask"] = self.stack.mask(allowed, hidden.dtype)

@@ -27,6 +27,8 @@ class Stage:
     compact: whether positions close up behind what is gone; moves: true if what follows therefore moves up.
     length:  how wide the whole prompt is.
     spatial: ``(3, rows, n)`` long, closed up positions in space and time, where the model has such.
+    sight:   ``(rows, n, n)`` int8, who may attend to whom, as of a :class:`~tokenreduce.reducer.Selection`; None where
+             the layers alone say it.
     """
 
     layer: int
@@ -38,6 +40,7 @@ class Stage:
     moves: bool
     length: int
     spatial: Tensor | None = None
+    sight: Tensor | None = None
 
     @classmethod
     def whole(cls, valid: Tensor) -> Stage:
@@ -50,18 +53,33 @@ class Stage:
         """The same of some rows ``(n,)``, in that order, perhaps several times."""
         rows = rows.to(self.valid.device)
         spatial = None if self.spatial is None else self.spatial[:, rows]
-        return replace(self, columns=self.columns[rows], valid=self.valid[rows], lost=self.lost[rows], spatial=spatial)
+        sight = None if self.sight is None else self.sight[rows]
+        columns, valid, lost = self.columns[rows], self.valid[rows], self.lost[rows]
+        return replace(self, columns=columns, valid=valid, lost=lost, spatial=spatial, sight=sight)
 
     def cropped(self, count: int) -> Stage:
         """The same without its last ``count`` columns, of which none was cut."""
         left = self.columns.shape[1] - count
         spatial = None if self.spatial is None else self.spatial[..., :left]
-        columns, valid = self.columns[:, :left], self.valid[:, :left]
-        return replace(self, columns=columns, valid=valid, spatial=spatial, length=self.length - count)
+        sight = None if self.sight is None else self.sight[:, :left, :left]
+        columns, valid, length = self.columns[:, :left], self.valid[:, :left], self.length - count
+        return replace(self, columns=columns, valid=valid, spatial=spatial, length=length, sight=sight)
 
-    def shortened(self, mask: Tensor | None, stack: DecoderStack, dtype: torch.dtype) -> Tensor | None:
-        """A layer's own mask of the whole prompt at the remaining rows and columns, in the form that its attention
-        kernel takes; slots of padding see themselves alone."""
+    def mask(self, mask: Tensor | None, stack: DecoderStack, dtype: torch.dtype) -> Tensor | None:
+        """What a layer is handed for its own mask of the whole prompt, in the form that its attention kernel takes."""
+        mask = self._shortened(mask, stack, dtype)
+        if self.sight is None:
+            return mask
+        if mask is not None and mask.ndim == 2:
+            raise ValueError(
+                f"{stack.kernel} takes no mask that says who may attend to whom: load the model with sdpa attention"
+            )
+        mask = stack.mask(causal(self.valid), dtype) if mask is None else mask
+        allowed, refused = _extremes(mask)
+        return mask.masked_fill(self.sight[:, None] > 0, allowed).masked_fill(self.sight[:, None] < 0, refused)
+
+    def _shortened(self, mask: Tensor | None, stack: DecoderStack, dtype: torch.dtype) -> Tensor | None:
+        """A layer's own mask at the remaining rows and columns; slots of padding see themselves alone."""
         if mask is None:
             return stack.mask(causal(self.valid), dtype) if self.padded else None
         if mask.ndim == 2:
@@ -70,7 +88,7 @@ class Stage:
         mask = mask.expand(rows, -1, -1, -1)
         mask = mask.gather(2, self.columns[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
         mask = mask.gather(3, self.columns[:, None, None, :].expand(-1, mask.shape[1], width, -1))
-        allowed, refused = (True, False) if mask.dtype == torch.bool else (0.0, torch.finfo(mask.dtype).min)
+        allowed, refused = _extremes(mask)
         mask = mask.masked_fill(~self.valid[:, None, None, :], refused)
         return mask.masked_fill(torch.diag_embed(~self.valid)[:, None], allowed)
 
@@ -82,6 +100,10 @@ class Stage:
         """
         (rows, width), length = self.columns.shape, self.length
         allowed = causal(torch.cat([self.valid, self.valid.new_ones(rows, new)], dim=1))
+        if self.sight is not None:
+            last = width - 1 - self.valid.flip(-1).int().argmax(-1)
+            hidden = self.sight[torch.arange(rows, device=last.device), last] < 0
+            allowed[:, width:, :width] &= ~hidden[:, None]
         if window is not None:
             later = torch.arange(length, length + new, device=self.columns.device).expand(rows, new)
             columns = torch.cat([self.columns, later], dim=1)
@@ -136,9 +158,18 @@ class Prefill:
         """The first position id of every row ``(rows,)``."""
         return self.places.masked_fill(~self.valid, torch.iinfo(torch.long).max).amin(-1)
 
-    def cut(self, layer: int, slots: Tensor, valid: Tensor, compact: bool, spatial: Tensor | None) -> None:
+    def cut(
+        self,
+        layer: int,
+        slots: Tensor,
+        valid: Tensor,
+        compact: bool,
+        spatial: Tensor | None,
+        sight: Tensor | None = None,
+    ) -> None:
         """Open the stage behind a cut: ``slots`` of the last stage stay, ``(rows, n)`` as :func:`packed` gives them.
-        ``spatial`` ``(3, rows or 1, length)`` are the whole prompt's positions in space and time, where it has such."""
+        ``spatial`` ``(3, rows or 1, length)`` are the whole prompt's positions in space and time, where it has such;
+        ``sight`` is as of :class:`Stage`, of the last stage's slots."""
         columns = self.last.columns.gather(1, slots).masked_fill(~valid, 0)
         lost, closed = self.places.amax(-1) - self.first + 1 - valid.sum(-1), None
         if compact and spatial is not None:
@@ -148,7 +179,12 @@ class Prefill:
         if self.stages and self.stages[-1].layer == layer:
             self.stages.pop()  # two steps at one layer leave one stage
         padded, moves = not bool(valid.all()), compact and bool(lost.any())
-        self.stages.append(Stage(layer, columns, valid, padded, lost, compact, moves, self.valid.shape[1], closed))
+        if sight is not None:
+            rows = torch.arange(len(slots), device=slots.device)[:, None, None]
+            sight = sight[rows, slots[:, :, None], slots[:, None]]
+            sight = sight.masked_fill(~(valid[:, :, None] & valid[:, None]), 0)
+        length = self.valid.shape[1]
+        self.stages.append(Stage(layer, columns, valid, padded, lost, compact, moves, length, closed, sight))
 
 
 def packed(kept: Sequence[Tensor], whole: Tensor) -> tuple[Tensor, Tensor, list[int]]:
@@ -163,6 +199,33 @@ def packed(kept: Sequence[Tensor], whole: Tensor) -> tuple[Tensor, Tensor, list[
         slots[row, start : start + len(own)] = own
         valid[row, start : start + len(own)] = True
     return slots, valid, starts
+
+
+def sighted(before: Stage, new: Sequence[Sequence[Tensor]]) -> Tensor | None:
+    """Who may attend to whom in a stage, ``(rows, n, n)`` int8, with what is new in every row: selections'
+    ``(sequence, sequence)``, of which the last one that says anything counts. None where nobody says anything.
+
+    Raises ``ValueError`` for one that is not of the row's sequence, or hides a token from itself.
+    """
+    if before.sight is None and not any(new):
+        return None
+    rows, width = before.valid.shape
+    sight = (
+        before.valid.new_zeros(rows, width, width, dtype=torch.int8) if before.sight is None else before.sight.clone()
+    )
+    for row, changes in enumerate(new):
+        own = before.valid[row].nonzero()[:, 0]
+        for change in changes:
+            if change.dtype != torch.int8 or change.shape != (len(own), len(own)):
+                raise ValueError(
+                    f"a {change.dtype} sight of shape {tuple(change.shape)} for a sequence of {len(own)}: give int8 "
+                    f"({len(own)}, {len(own)})"
+                )
+            if bool((change.diagonal() < 0).any()):
+                raise ValueError("a sight hides a token from itself, which may leave it nothing to attend to")
+            here, change = (row, own[:, None], own[None]), change.to(sight.device)
+            sight[here] = torch.where(change == 0, sight[here], change)
+    return sight
 
 
 def closed_up_in(
@@ -185,6 +248,11 @@ def closed_up_in(
 def columns_of(angles: Tensor, columns: Tensor) -> Tensor:
     """Rotary embeddings ``(rows or 1, length, dim)`` at some columns ``(rows, n)``."""
     return angles.expand(len(columns), -1, -1).gather(1, columns[..., None].expand(-1, -1, angles.shape[-1]))
+
+
+def _extremes(mask: Tensor) -> tuple[bool, bool] | tuple[float, float]:
+    """What an attention kernel's mask has where something is allowed, and where it is not."""
+    return (True, False) if mask.dtype == torch.bool else (0.0, torch.finfo(mask.dtype).min)
 
 
 def causal(valid: Tensor) -> Tensor:

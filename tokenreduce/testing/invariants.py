@@ -362,6 +362,7 @@ def _literal(model: PreTrainedModel, single: Inputs, reducer: TokenReducer) -> T
     entering, entered = positions, visual
     blocks = family.blocks(single)
     blocks = None if blocks is None else blocks[0, order]
+    sight = torch.zeros(len(order), len(order), dtype=torch.int8)
     with torch.no_grad():
         hidden = model.get_input_embeddings()(text_ids[order])[None]
         if levels:
@@ -376,12 +377,15 @@ def _literal(model: PreTrainedModel, single: Inputs, reducer: TokenReducer) -> T
                 for group in groups:
                     slots, selection = [slot for slot, _, _ in group], next(chosen)
                     index = selection.index.tolist()
+                    if selection.sight is not None:
+                        sight = torch.where(selection.sight == 0, sight, selection.sight)
                     own = [slots[place] for place in sorted(index)]
                     hidden[0, own] = hidden[0, slots][index] if selection.features is None else selection.features
                     kept += [(slot, *group[place][1:]) for slot, place in zip(own, index, strict=True)]
                 left = {slot for slot, _, _ in kept}
                 stays = [slot for slot in range(len(columns)) if slot not in visual or slot in left]
                 hidden, columns, positions = hidden[:, stays], columns[stays], positions[:, stays]
+                sight = sight[stays][:, stays]
                 deeper = [added[:, stays] for added in deeper]
                 blocks = None if blocks is None else blocks[stays]
                 if reducer.positions_after(step) == "compact":
@@ -394,7 +398,7 @@ def _literal(model: PreTrainedModel, single: Inputs, reducer: TokenReducer) -> T
             places = positions[:, None] if len(positions) > 1 else positions
             hidden = layer(
                 hidden,
-                attention_mask=_sight(decoder, number, columns, blocks, hidden.dtype),
+                attention_mask=_sight(decoder, number, columns, blocks, sight, hidden.dtype),
                 position_ids=positions[:1],
                 position_embeddings=decoder.rotary_emb(hidden, places, *([kind] if _takes_kind(decoder) else [])),
             )
@@ -494,16 +498,20 @@ def _window(family: ModelFamily) -> float:
     return min((window for window in windows if window is not None), default=math.inf)
 
 
-def _sight(decoder: Any, number: int, columns: Tensor, blocks: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """What each of the slots may see in a layer, as its attention kernel wants it: ``(1, 1, n, n)``."""
+def _sight(
+    decoder: Any, number: int, columns: Tensor, blocks: Tensor | None, said: Tensor, dtype: torch.dtype
+) -> Tensor | None:
+    """What each of the slots may see in a layer, as its attention kernel wants it: ``(1, 1, n, n)``. A method may have
+    ``said`` otherwise, ``(n, n)``."""
     allowed = torch.ones(len(columns), len(columns), dtype=torch.bool).tril()
     eager = decoder.config._attn_implementation == "eager"
     if blocks is not None:
         allowed = allowed | ((blocks[:, None] == blocks[None]) & (blocks[None] >= 0))
     if (window := DecoderStack(decoder).sliding_window(number)) is not None:
         allowed = allowed & (columns[:, None] - columns[None] < window)
-    elif blocks is None and not eager:
+    elif blocks is None and not eager and not bool(said.any()):
         return None
+    allowed = (allowed | (said > 0)) & (said >= 0)
     if not eager:
         return allowed[None, None]
     return torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)[None, None]
