@@ -121,6 +121,7 @@ def test_a_finished_run_is_not_done_again(run: Run) -> None:
 def test_every_reducer_runs(reducer: str, run: Run, clip: Path) -> None:
     required = {
         "chain": ["reducer.reducers=[{name: pool, keep: 0.5}, {name: uniform, keep: 4}]"],
+        "cmai": ["reducer.threshold=0.01", "reducer.layer=2"],
         "efficientvla": ["reducer.alpha=0.5", "reducer.layer=0.5"],
         "vmtc": ["reducer.clusters=0.25", "reducer.layer=-2", "reducer.iterations=10"],
     }.get(reducer, [])

@@ -23,6 +23,7 @@ REQUIRED = {
     "chain": ["reducer.reducers=[{name: pool, keep: 0.5}, {name: uniform, keep: 4}]"],
     "jsonl": ["benchmark.path=FOLDER"],
     "hf": ["benchmark.path=NAME"],
+    "cmai": ["reducer.threshold=0.01", "reducer.layer=2"],
     "efficientvla": ["reducer.alpha=0.5", "reducer.layer=0.5"],
     "vmtc": ["reducer.clusters=0.25", "reducer.layer=-2", "reducer.iterations=10"],
 }
