@@ -39,7 +39,7 @@ def with_tuples(cls: type, knobs: dict[str, Any]) -> dict[str, Any]:
 
 def check_knobs(instance: Any) -> None:
     """Raise ``ValueError`` for a field of a dataclass instance whose value does not fit its declared type."""
-    hints = _declared(type(instance))
+    hints = _declared(instance.__class__)
     for field in dataclasses.fields(instance):
         value, declared = getattr(instance, field.name), hints[field.name]
         if not _fits(value, declared):
