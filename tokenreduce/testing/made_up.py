@@ -88,6 +88,9 @@ class MadeUp(View):
     def question_embeddings(self, parts: Callable[[str], Sequence[str]] = lambda question: (question,)) -> Tensor:
         return self._states[-self._text :]
 
+    def paired_text(self) -> Tensor:
+        return self._states[-self._text :]
+
     def clip(self, checkpoint: str, truncate: bool = False) -> Clip:
         words = self._clip[-self._text :]
         return Clip(self._clip[: self._current], words[:1], words, words[None])
