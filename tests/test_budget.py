@@ -18,7 +18,7 @@ LLAVA = Geometry(encoder_layers=24, decoder_layers=32, feature_layer=22, class_t
 SQUARE = Layout((Tile(Grid(24, 24)),), text=64)
 WIDE = Layout((Tile(Grid(12, 20)), Tile(Grid(30, 30), picture=1)), text=20)
 DECODER = LlamaConfig()
-ADAPTIVE = {"prumerge", "prumerge_plus"}
+ADAPTIVE = {"prumerge", "prumerge_plus", "vflowopt"}
 WITHOUT_KNOB = {"none", "no_image", "cmai", "yopo"}
 INSIDE = {"fastv", "dart", "efficientvla", "llavolta", "pyramiddrop", "sparsevlm", "vtw"}
 """They drop inside the language model: what enters is always everything."""

@@ -406,11 +406,14 @@ class TokenReducer(ABC):
     paper:  the source, an arXiv id, or a few words for a baseline.
     merges: whether rows are other than the tokens that they stand for.
     parity: what the implementation is checked against.
+    compares: what its search, if it has one, is handed of a model's answers: the next token's ``logits``, or the
+            last prompt token's ``state`` behind the last layer and its norm.
     """
 
     paper: ClassVar[str] = ""
     merges: ClassVar[bool] = False
     parity: ClassVar[str] = ""
+    compares: ClassVar[Literal["logits", "state"]] = "logits"
 
     positions: Positions = "compact"
 
@@ -622,4 +625,4 @@ def tokens_to_keep(keep: Keep, total: int, rounding: Rounding = "floor") -> int:
 
 NextLogits = Callable[[Any, TokenReducer | None], Tensor]
 """A model's logits for the first new token, ``(vocabulary,)``, from a sample and a reducer, or None for the model as it
-is."""
+is; the last prompt token's state ``(dim,)`` for a method that ``compares`` that."""

@@ -35,9 +35,15 @@ def calibrate(
     if not isinstance(reducer, TokenReducer):
         reducer = create(reducer)
 
-    def next_logits(inputs: Mapping[str, Any], candidate: TokenReducer | None) -> Tensor:
+    def answer(inputs: Mapping[str, Any], candidate: TokenReducer | None) -> Tensor:
+        states: list[Tensor] = []
         attached = nullcontext() if candidate is None else reduce_tokens(model, candidate)
-        with attached, torch.no_grad():
-            return model(**inputs).logits[0, -1]
+        hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: states.append(args[0]))
+        try:
+            with attached, torch.no_grad():
+                logits = model(**inputs).logits
+        finally:
+            hook.remove()
+        return (logits if reducer.compares == "logits" else states[-1])[0, -1]
 
-    return reducer.calibrated(next_logits, list(samples), family_of(model, MODELS.usable()).geometry, **settings)
+    return reducer.calibrated(answer, list(samples), family_of(model, MODELS.usable()).geometry, **settings)
