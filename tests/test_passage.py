@@ -138,6 +138,17 @@ def carried(journey: Journey | Strand, scope: Scope, carry: Any = None, member: 
     return found
 
 
+def test_a_row_without_a_token_stays_with_the_row_before_it_while_that_tile_has_room() -> None:
+    journey = Journey(TILES)
+
+    def fill_the_second_tile(tokens: VisualTokens) -> Selection:
+        index = torch.tensor([0, -1, 6, 7, 8, 9, -1, -1] if len(tokens) == 10 else [0, -1])
+        return Selection(index, torch.zeros(len(index), 2), torch.full((len(tokens),), -1))
+
+    ask(journey, "picture", fill_the_second_tile)
+    assert [track.token.tolist() for track in journey.tracks] == [[0, -1, -1, -1], [0, 1, 2, 3], [0, -1]]
+
+
 def test_what_was_carried_is_found_by_the_next_step() -> None:
     journey = Journey(TILES)
     assert carried(journey, "tile", "tile") == [None, None, None]

@@ -353,12 +353,19 @@ class Group:
         return Taken(selection, chosen, own)
 
     def _tracks_of(self, index: Tensor) -> Tensor:
-        """The track of every row ``(k,)``: its token's, or that of the row before it where it stands for no token."""
+        """The track of every row ``(k,)``: its token's. A row that stands for no token is of that of the row before it,
+        or, where all places of that tile are taken, of the first one with room."""
         track = self.order[index.clamp(min=0), 0] if len(self) else torch.zeros_like(index)
         if len(self.tracks) > 1 and bool((index < 0).any()):
             last = int(track[index >= 0][0]) if bool((index >= 0).any()) else 0
+            places = torch.tensor([len(one.tile.grid) for one in self.tracks])
+            room = (places - track[index >= 0].bincount(minlength=len(places))).tolist()
             for row in range(len(index)):
-                last = int(track[row]) if index[row] >= 0 else last
+                if index[row] >= 0:
+                    last = int(track[row])
+                    continue
+                last = last if room[last] > 0 else next((one for one, left in enumerate(room) if left > 0), last)
+                room[last] -= 1
                 track[row] = last
         return track
 

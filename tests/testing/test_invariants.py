@@ -53,6 +53,20 @@ class _Bad(TokenReducer):
         return Selection(torch.arange(tokens.keep))
 
 
+class _Backwards(_Bad):
+    """Breaks none: an order of its own is declared."""
+
+    def steps(self, geometry: Geometry) -> Sequence[Step]:
+        return [AtProjector(keep=0.5, ordered=True)]
+
+    def select(self, step: Step, tokens: VisualTokens) -> Selection:
+        return Selection(torch.arange(tokens.keep).flip(0))
+
+
+def test_an_order_of_its_own_is_no_broken_promise(llava: LlavaForConditionalGeneration) -> None:
+    check_reducer(_Backwards(), llava, prompts(llava, [1, 2]))
+
+
 class _Forgetful(_Bad):
     def select(self, step: Step, tokens: VisualTokens) -> Selection:
         return Selection(torch.randperm(len(tokens))[: tokens.keep].sort().values)

@@ -111,10 +111,11 @@ class Attachment:
 
     @property
     def drops_only(self) -> bool:
-        """True if the last call dropped tokens between the vision encoder and the language model alone, and merged
-        nothing."""
+        """True if the last call dropped tokens between the vision encoder and the language model alone, merged nothing
+        and kept to raster order."""
         done = [step for sample in self.samples for image in sample.images for step in image.steps]
-        return all(step.behind_encoder for step in self.steps) and not any(step.merged for step in done)
+        raster = all(step.behind_encoder and not step.ordered for step in self.steps)
+        return raster and not any(step.merged for step in done)
 
     def visual(self, input_ids: Tensor) -> Tensor:
         """Where visual tokens stand, bool as ``input_ids``."""
