@@ -18,7 +18,7 @@ LLAVA = Geometry(encoder_layers=24, decoder_layers=32, feature_layer=22, class_t
 SQUARE = Layout((Tile(Grid(24, 24)),), text=64)
 WIDE = Layout((Tile(Grid(12, 20)), Tile(Grid(30, 30), picture=1)), text=20)
 DECODER = LlamaConfig()
-ADAPTIVE = {"prumerge", "prumerge_plus", "vflowopt"}
+ADAPTIVE = {"prumerge", "prumerge_plus", "vflowopt", "todre"}
 WITHOUT_KNOB = {"none", "no_image", "cmai", "yopo"}
 INSIDE = {"fastv", "dart", "efficientvla", "llavolta", "pyramiddrop", "sparsevlm", "vtw"}
 """They drop inside the language model: what enters is always everything."""
@@ -44,11 +44,16 @@ def test_fastv_at_the_published_layer_means_keeps_the_published_numbers(value: i
     assert expected == mean(reducer) == pytest.approx(value, abs=0.5)
 
 
+def test_a_method_that_decides_late_may_know_how_many_tokens_enter() -> None:
+    assert solved("todre", "tokens", 64) == (create("todre", keep=64), 64)
+
+
 def test_published_settings_have_the_published_layer_means() -> None:
     assert mean(create("pyramiddrop")) == 270
     assert mean(create("vtw", layer=15)) == 270
     assert mean(create("sparsevlm")) == pytest.approx(206.5, abs=0.1)
     assert mean(create("dart", keep=128)) == 159.75
+    assert mean(create("vscan_64")) == 64
     assert mean(create("tome", keep=192)) == mean(create("flowcut", keep=192)) == 192
 
 
