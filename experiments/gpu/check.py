@@ -25,11 +25,12 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from transformers.utils import is_flash_attn_2_available
 
 from tokenreduce import available, create, reduce_tokens
-from tokenreduce.catalog.description import LLAVA
+from tokenreduce.catalog.description import LLAVA, knobs
 from tokenreduce.evaluation.clock import PARTS, attached, peak_memory, seconds_by_part
 from tokenreduce.evaluation.costs import prefill_cost
 from tokenreduce.evaluation.roofline import limits, roofline
 from tokenreduce.reducer import TokenReducer
+from tokenreduce.registry import REDUCERS
 from tokenreduce.testing.models import draw_weights
 
 HERE = Path(__file__).parent
@@ -89,8 +90,10 @@ def prompts(model: LlavaForConditionalGeneration, rows: int) -> dict[str, Tensor
 
 
 def methods() -> list[str]:
-    """All that need no tokenizer and no text tower, which these models come without."""
+    """All that have a default for every knob, and read no text before the language model, for which these models have
+    no tokenizer and no text tower."""
     names = [name for name in available("reducers") if name not in LEFT_OUT | {PLAIN}]
+    names = [name for name in names if all(knob.default is not None for knob in knobs(REDUCERS.get(name)))]
     return [PLAIN, *(name for name in names if not _reads(create(name)))]
 
 
