@@ -20,7 +20,7 @@ WIDE = Layout((Tile(Grid(12, 20)), Tile(Grid(30, 30), picture=1)), text=20)
 DECODER = LlamaConfig()
 ADAPTIVE = {"prumerge", "prumerge_plus", "vflowopt", "todre"}
 WITHOUT_KNOB = {"none", "no_image", "cmai", "yopo"}
-INSIDE = {"fastv", "dart", "efficientvla", "llavolta", "pyramiddrop", "sparsevlm", "vtw"}
+INSIDE = {"fastv", "dart", "efficientvla", "llavolta", "pyramiddrop", "sparsevlm", "v2drop", "vtw"}
 """They drop inside the language model: what enters is always everything."""
 HALVES = {"catp"}
 """They drop half of what goes inside the language model: at least half of everything enters."""
@@ -54,6 +54,7 @@ def test_published_settings_have_the_published_layer_means() -> None:
     assert mean(create("sparsevlm")) == pytest.approx(206.5, abs=0.1)
     assert mean(create("dart", keep=128)) == 159.75
     assert mean(create("vscan_64")) == 64
+    assert mean(create("v2drop_llava")) == pytest.approx(202.8, abs=0.05)
     assert mean(create("tome", keep=192)) == mean(create("flowcut", keep=192)) == 192
 
 
