@@ -84,7 +84,7 @@ def unlike(unit: Tensor, pivot: Tensor, count: int) -> Tensor:
     always the one with the least sum of cosines to those picked before; the first of these where several tie."""
     likeness, picked = unit.new_zeros(len(unit)), [pivot]
     for _ in range(count - 1):
-        likeness = (likeness + unit @ unit[picked[-1][0]]).index_fill(0, picked[-1], torch.inf)
+        likeness = (likeness + unit @ unit[picked[-1]][0]).index_fill(0, picked[-1], torch.inf)
         picked.append(likeness.argmin(keepdim=True))
     return torch.cat(picked)
 

@@ -22,6 +22,7 @@ from tokenreduce.reducer import (
     Step,
     TokenReducer,
     VisualTokens,
+    blocks,
     merge,
     tokens_to_keep,
 )
@@ -107,7 +108,8 @@ class VScan(TokenReducer):
         unit = normalize(features, dim=-1)
         source = torch.empty_like(tokens.index)
         source[index] = torch.arange(len(index), device=index.device)
-        source[others] = (unit[others] @ unit[index].T).argmax(dim=1)
+        for block in blocks(others, len(index)):
+            source[block] = (unit[block] @ unit[index].T).argmax(dim=1)
         return Selection(index, merge(features, source, len(index)).to(tokens.features.dtype), source)
 
     def local(self, tokens: VisualTokens, kept: int) -> Tensor:
