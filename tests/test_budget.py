@@ -53,7 +53,7 @@ def test_published_settings_have_the_published_layer_means() -> None:
     assert mean(create("vtw", layer=15)) == 270
     assert mean(create("sparsevlm")) == pytest.approx(206.5, abs=0.1)
     assert mean(create("dart", keep=128)) == 159.75
-    assert mean(create("vscan_64")) == 64
+    assert mean(create("vscan_64")) == mean(create("apet_64")) == 64
     assert mean(create("v2drop_llava")) == pytest.approx(202.8, abs=0.05)
     assert mean(create("tome", keep=192)) == mean(create("flowcut", keep=192)) == 192
 
