@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tokenreduce.reducer import AtEncoderOutput, Geometry, Layer, Selection, Step, TokenReducer, VisualTokens
+from tokenreduce.reducer import AtEncoderOutput, Geometry, Layer, Selection, Step, TokenReducer, VisualTokens, blocks
 from tokenreduce.signals import Attention, EncoderAttention
 
 
@@ -53,14 +53,17 @@ class PruMerge(TokenReducer):
             kept = kept.sort().values
 
         unit = normalize(rearrange(attention.keys.float(), "h n d -> n (h d)")[attention.visual], dim=-1)
-        likeness = (unit[kept] @ unit.T).scatter(1, kept[:, None], -torch.inf)
-        nearest = likeness.topk(min(self.neighbours, len(tokens) - 1)).indices
-        adding = torch.zeros_like(likeness).scatter(1, nearest, weights[nearest])
+        grown = []
+        for some in blocks(kept, len(tokens)):
+            likeness = (unit[some] @ unit.T).scatter(1, some[:, None], -torch.inf)
+            nearest = likeness.topk(min(self.neighbours, len(tokens) - 1)).indices
+            adding = torch.zeros_like(likeness).scatter(1, nearest, weights[nearest])
+            grown.append(features[some] + adding @ features)
         extra = weights.index_fill(0, kept, 0)[None] @ features
 
         source = torch.full_like(weights, len(kept), dtype=torch.long)
         source[kept] = torch.arange(len(kept), device=kept.device)
-        rows = torch.cat([features[kept] + adding @ features, extra]).to(tokens.features.dtype)
+        rows = torch.cat([*grown, extra]).to(tokens.features.dtype)
         index = torch.cat([kept, kept.new_tensor([-1])])
         return Selection(index[: len(tokens)], rows[: len(tokens)], source)  # where all are kept nothing is left over
 
