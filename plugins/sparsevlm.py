@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pdist
 
 from tokenreduce.reducer import (
     AtDecoder,
@@ -101,7 +102,9 @@ def cluster_and_merge(features: Tensor, clusters: int) -> tuple[Tensor, Tensor, 
     """Density peaks among nearest neighbours: centres ``(clusters,)``, each token's cluster, the clusters' means."""
     points = features.float()
     # Not by way of a matrix product, whose rounding would decide between two tokens that are each other's nearest.
-    distances = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist") / points.shape[-1] ** 0.5
+    upper = torch.ones(len(points), len(points), dtype=torch.bool, device=points.device).triu(diagonal=1)
+    half = torch.zeros_like(upper, dtype=points.dtype).masked_scatter_(upper, pdist(points) / points.shape[-1] ** 0.5)
+    distances = half + half.T
     density = (-distances.topk(clusters, largest=False).values.square().mean(dim=-1)).exp()
     separation = distances.where(density > density[:, None], distances.max()).amin(dim=-1)
     centres = (density * separation).cpu().topk(clusters).indices.to(points.device)
