@@ -29,7 +29,7 @@ def watched(reducer: TokenReducer, grid: Grid) -> tuple[Watching, int]:
     """What running a reducer takes, and in how many steps it selects."""
     watching = Watching()
     selections = MadeUp(grid, dim=64, heads=4, text=16, geometry=SHALLOW).run(reducer, lambda: watching)
-    return watching, len(selections)
+    return watching, sum(1 for _ in selections)
 
 
 @pytest.mark.parametrize("name", REDUCERS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -105,9 +105,9 @@ class MadeUp(View):
 
     def run(
         self, reducer: TokenReducer, within: Callable[[], AbstractContextManager[object]] = nullcontext
-    ) -> list[Selection]:
-        """What a reducer selects in all its steps that see tokens. Every call of ``select`` is made in a context of
-        ``within``, which may time it or watch it.
+    ) -> Iterator[Selection]:
+        """What a reducer selects, step by step, in those that see tokens. Every call of ``select`` is made in a context
+        of ``within``, which may time it or watch it.
 
         >>> from tokenreduce import create
         >>> [len(each.index) for each in MadeUp(Grid(6, 6), dim=64).run(create("pyramiddrop"))]
@@ -115,7 +115,7 @@ class MadeUp(View):
         """
         journey, inside = Journey(self._scene.tiles), False
         features = self._entered = self._states[1 : 1 + len(self._scene.tiles[0].grid)]
-        watched, selections = _Within(reducer, within), list[Selection]()
+        watched = _Within(reducer, within)
         for step in reducer.steps(self._geometry):
             if step.resizes:
                 continue
@@ -127,8 +127,7 @@ class MadeUp(View):
             self._current = len(group)
             taken = group.select(watched, step, features, self._geometry, lambda signal: [signal.value(self)])
             features = taken.rows(features)
-            selections.append(taken.selection)
-        return selections
+            yield taken.selection
 
 
 @dataclass(frozen=True)
