@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,6 +36,11 @@ class Given:
         return self.rows[:0] if self.passing is None else self.passing
 
 
+def made(rows: Tensor, basis: Tensor, others: Sequence[Tensor]) -> Given:
+    errors, order, kept, features = others
+    return Given(rows, basis, errors, order, kept, features)
+
+
 def encoder_cases() -> list[Given]:
     given = []
     for parameter in cases("apet"):
@@ -42,7 +48,8 @@ def encoder_cases() -> list[Given]:
         assert isinstance(case, Case)
         names = ("basis", "errors", "order", "kept", "features")
         for sample in range(case.settings["B"]):
-            given.append(Given(case.given["hidden"][sample, 1:], *(case.expected[name][sample] for name in names)))
+            basis, *others = (case.expected[name][sample] for name in names)
+            given.append(made(case.given["hidden"][sample, 1:], basis, others))
     return given
 
 
@@ -80,7 +87,7 @@ def qwen_cases() -> list[Given]:
         expected = case.expected
         names = ("errors", "order", "kept", "features")
         own = [expected[name] for name in names]
-        given.append(Given(case.given["features"], expected["basis"][0], *own, half=True))
+        given.append(replace(made(case.given["features"], expected["basis"][0], own), half=True))
         assert len(expected["kept"]) == tokens_to_keep(case.settings["image_token_ratio"], len(case.given["features"]))
     return given
 
