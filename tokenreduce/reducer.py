@@ -43,6 +43,9 @@ Layer = int | float
 Positions = Literal["original", "compact"]
 """Which position ids survivors carry: the ``original`` ones, with gaps, or ``compact`` ones, 0 .. n-1.
 
+With ``original`` ones the rows that enter the language model stand in raster order, whatever order a method has: what
+GAP (arXiv 2506.21873) asks for, as wrong ids and wrong order both cost grounding. A merged row has the id of the token
+that it stands for, one that stands for none the first free id, and the answer goes on from the whole prompt's length.
 Where a model's positions are in space and time (M-RoPE), compact ones close up the frames, rows and columns of a
 picture of which nothing is left, and what follows the picture; the others keep their arrangement.
 """
@@ -195,7 +198,7 @@ class Step:
     scope:    what one selection is about.
     stage:    a number of the method's own, by which it tells its steps apart.
     ordered:  True if rows go on in the order of ``Selection.index``. Otherwise they do so within a picture of one tile,
-              and those of several tiles, or beside newlines, go on in raster order.
+              and those of several tiles, or beside newlines, go on in raster order; so do all with original positions.
     member:   which reducer of a chain it belongs to; the chain sets it.
 
     For whoever adds a site: ``resizes`` is True if it changes the picture and not the tokens, ``behind_encoder`` if

@@ -354,6 +354,20 @@ def test_a_methods_own_order_lasts_to_the_prompt(loaded: Loaded, scope: Scope, o
             equals_the_literal_sequence(reducer.inner.with_positions(positions), loaded.model, batch)
 
 
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_with_original_positions_tokens_are_in_raster_order(loaded: Loaded, scope: Scope, ordered: bool) -> None:
+    for batch in loaded.batches:
+        whole, reducer = loaded.encoded(batch), Shuffled(scope=scope, ordered=ordered, positions="original")
+        columns, features, call = reduced(loaded, reducer, batch)
+        for row, found in zip(call.rows, columns, strict=True):
+            assert found.equal(found.sort().values)
+            for number, own in row:
+                for level, left in enumerate(features[number]):
+                    assert torch.equal(left, whole[number][level][torch.isin(own, found)])
+        dropping_equals_masking(reducer, loaded.model, batch)
+
+
 @pytest.mark.parametrize("again", [True, False])
 @pytest.mark.parametrize("scope", ["tile", "picture"])
 def test_an_order_ends_with_its_tokens(loaded: Loaded, scope: Scope, again: bool) -> None:

@@ -88,7 +88,7 @@ class Attachment:
         by_kind = [(kind, [step for step in self.steps if type(step) is kind.kind]) for kind in sites.SITES]
         self.sites: list[Site] = [kind(self, own) for kind, own in by_kind if own]
         before = [step for step in self.steps if step.decoder_layer(family.geometry) is None]
-        self._compact = not before or reducer.positions_after(before[-1]) == "compact"
+        self.compact = not before or reducer.positions_after(before[-1]) == "compact"
         self._notes = threading.local()
         self.asks = any(site.asked.asks for site in self.sites)
         self.tower: Tower | None = None
@@ -114,7 +114,7 @@ class Attachment:
         """True if the last call dropped tokens between the vision encoder and the language model alone, merged nothing
         and kept to raster order."""
         done = [step for sample in self.samples for image in sample.images for step in image.steps]
-        raster = all(step.behind_encoder and not step.ordered for step in self.steps)
+        raster = all(step.behind_encoder and not (step.ordered and self.compact) for step in self.steps)
         return raster and not any(step.merged for step in done)
 
     def visual(self, input_ids: Tensor) -> Tensor:
@@ -286,7 +286,7 @@ class Attachment:
         positions = inputs.get("position_ids")
         if positions is None:
             positions = self.family.positions({**inputs, "attention_mask": mask})
-        prompt = shorten(ids, mask, self.visual(ids), kept, positions, self._pad(ids, mask), self._compact)
+        prompt = shorten(ids, mask, self.visual(ids), kept, positions, self._pad(ids, mask), self.compact)
         call.prompt = prompt
         call.noted(call.journeys, [(length,) * self.family.geometry.decoder_layers for length in prompt.lengths])
 

@@ -78,8 +78,8 @@ class ReducedPicture:
     packed: tuple[Tensor, ...] = ()
     order: Tensor | None = None
 
-    def left(self) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """What is left of it in the prompt.
+    def left(self, raster: bool) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """What is left of it in the prompt, in raster order even against a method's own if ``raster``.
 
         The places among its placeholders ``(k,)``; the tile and the row of that tile that stand there ``(k, 2)``, -1
         and a number for special tokens; and their features, none where the picture was not encoded.
@@ -96,7 +96,7 @@ class ReducedPicture:
             own = starts[self.order[:, 0]] + self.order[:, 1]
         special = (self.picture.tokens < 0) & torch.isin(self.picture.lines, self.picture.lines[places])
         extra = special.nonzero()[:, 0]
-        if self.order is None and (len(self.tiles) > 1 or len(extra)):
+        if raster or (self.order is None and (len(self.tiles) > 1 or len(extra))):
             own = places.argsort()
         slots = torch.cat([places.sort().values, extra]).argsort()
         order = torch.cat([own, len(places) + torch.arange(len(extra))])[slots]
@@ -245,7 +245,7 @@ def enter(call: Call) -> tuple[list[Tensor], list[tuple[Tensor, ...]]]:
         kept, entries, first = [torch.empty(0, dtype=torch.long)], [torch.empty(0, 2, dtype=torch.long)], 0
         for place, (number, own) in enumerate(row):
             picture = call.pictures[number]
-            places, owners, features[number] = picture.left()
+            places, owners, features[number] = picture.left(raster=not call.attachment.compact)
             special = owners[:, 0] < 0
             if bool(special.any()):
                 journey.tracks.append(Track.special(place, int(special.sum())))
