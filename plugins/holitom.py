@@ -24,6 +24,7 @@ from tokenreduce.reducer import (
     TokenReducer,
     VisualTokens,
     best,
+    blocks,
     merge,
 )
 from tokenreduce.signals import DecoderAttention, EncoderAttention
@@ -172,12 +173,13 @@ def density_peaks(points: Tensor, count: int, neighbours: int) -> tuple[Tensor, 
     Centres are dense, and far from what is denser; other points go to the nearest one.
     """
     # Not by way of a matrix product, whose rounding would give a point a distance to itself.
-    distances = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist") / points.shape[-1] ** 0.5
+    distances = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist").div_(points.shape[-1] ** 0.5)
     nearest = distances.topk(min(neighbours, count), largest=False).values
-    density = (-nearest.square().mean(dim=-1)).exp()
-    separation = distances.where(density > density[:, None], distances.max()).amin(dim=-1)
-    centres = best(density * separation, count)
-    cluster = distances[centres].argmin(dim=0)
+    density, farthest = (-nearest.square().mean(dim=-1)).exp(), distances.max()
+    parts = blocks(torch.arange(len(points), device=points.device), len(points))
+    separation = [distances[some].where(density > density[some, None], farthest).amin(dim=1) for some in parts]
+    centres = best(density * torch.cat(separation), count)
+    cluster = torch.cat([distances[some][:, centres].argmin(dim=1) for some in parts])
     cluster[centres] = torch.arange(count, device=cluster.device)
     return centres, cluster
 

@@ -29,7 +29,18 @@ from tokenreduce_plugins.baselines import NoImage
 
 Checkpoint = Callable[[str], Path]
 REDUCERS = [name for name in available("reducers") if name != "chain"]
-ON_VIDEOS = ("divprune", "fastv", "fopru_rank", "holitom", "no_image", "pool", "random", "sparsevlm", "vidcom2")
+ON_VIDEOS = (
+    "divprune",
+    "fastv",
+    "flashvid",
+    "fopru_rank",
+    "holitom",
+    "no_image",
+    "pool",
+    "random",
+    "sparsevlm",
+    "vidcom2",
+)
 """What a video changes is the family's affair and not the method's."""
 THOROUGH = ("fastv", "fopru_rank", "pool")
 """These are held to all invariants on every family, the others to those that reducer and family make up together."""
