@@ -30,6 +30,7 @@ from tokenreduce_plugins.baselines import NoImage
 Checkpoint = Callable[[str], Path]
 REDUCERS = [name for name in available("reducers") if name != "chain"]
 ON_VIDEOS = (
+    "centerclip",
     "divprune",
     "fastv",
     "flashvid",
