@@ -393,7 +393,10 @@ def test_somebody_elses_package_works_and_a_broken_part_of_it_is_one_warning(
     assert set(errors.values()) == {None}
 
 
-def test_control_c_ends_cleanly_and_the_same_command_goes_on(checkpoint: Path, run: Run) -> None:
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
+def test_control_c_ends_cleanly_and_the_same_command_goes_on(
+    checkpoint: Path, run: Run, sent: signal.Signals, status: int
+) -> None:
     arguments = [
         f"model.path={checkpoint}",
         "runtime.batch_size=2",
@@ -406,9 +409,9 @@ def test_control_c_ends_cleanly_and_the_same_command_goes_on(checkpoint: Path, r
         if written >= 4 or process.poll() is not None:
             break
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+    assert process.returncode == status, err
     assert err.splitlines()[-1] == "interrupted: the same command continues where this one stopped"
     assert "Traceback" not in err
     (log,) = Path().glob("outputs/none-*/records.jsonl")

@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from tokenreduce import configuration
+from tokenreduce import choices, configuration
 from tokenreduce.configuration import CONFIG_MODULE, CONFIG_NAME, check_overrides, knobs_of, register_plugins
 from tokenreduce.registry import BENCHMARKS, MODELS, REDUCERS
 from tokenreduce.reporting.tracking import Tracking
@@ -53,8 +53,8 @@ def test_every_choice_of_a_group_composes(group: str) -> None:
     for choice in options(group):
         config = compose(CONFIG_NAME, [f"{group}={choice}", *REQUIRED.get(choice, [])])
         assert not OmegaConf.missing_keys(config), choice
-        if group in configuration.PLUGINS:
-            configuration.PLUGINS[group].create(config[group].name, **knobs_of(config[group], group))
+        if group in choices.PLUGINS:
+            choices.PLUGINS[group].create(config[group].name, **knobs_of(config[group], group))
 
 
 @pytest.mark.parametrize("study", [file.name.removesuffix(".yaml") for file in (CONFIGS / "experiment").iterdir()])

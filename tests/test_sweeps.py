@@ -56,7 +56,7 @@ def outcomes(output: Path | str) -> list[dict[str, Any]]:
 def sweep(*arguments: str) -> int:
     """The command in this process, without the report, which takes the longest; its exit status."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(command, "write_report", lambda *_: None)
+        patched.setattr("tokenreduce.command.write_report", lambda *_: None)
         return command.main(["-m", *arguments])
 
 
@@ -116,7 +116,7 @@ def test_control_c_ends_the_whole_sweep(
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tokenreduce.__main__.run_job", interrupted)
+    monkeypatch.setattr("tokenreduce.command.run_job", interrupted)
     assert sweep("reducer=pool,uniform", *QUICK, f"model.path={checkpoint}") == 130
     assert capsys.readouterr().err.count("job ") == 1
 
@@ -155,7 +155,7 @@ def test_several_processes_and_parallel_jobs_are_refused_together(
 ) -> None:
     from tokenreduce.evaluation import Processes
 
-    monkeypatch.setattr(command, "launched", lambda: Processes(0, 2))
+    monkeypatch.setattr("tokenreduce.command.launched", lambda: Processes(0, 2))
     assert command.main(["-m", "reducer=pool,uniform", "launcher=joblib", *QUICK]) == 2
     assert "use launcher=serial" in capsys.readouterr().err
 

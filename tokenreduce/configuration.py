@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import hashlib
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import yaml
 from hydra import compose, initialize_config_module
@@ -18,7 +19,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType
+from hydra.core.override_parser.types import Glob, Override, OverrideType
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
@@ -27,16 +28,12 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tokenreduce.budget import Budget
+from tokenreduce.choices import PLUGINS, check_options, files
 from tokenreduce.knobs import nearest
-from tokenreduce.registry import BENCHMARKS, CONFIGURATION_PACKAGE, CONFIGURATIONS, REDUCERS, Registry
-
-if TYPE_CHECKING:
-    from importlib.resources.abc import Traversable
+from tokenreduce.registry import CONFIGURATION_PACKAGE, CONFIGURATIONS
 
 CONFIG_MODULE = CONFIGURATION_PACKAGE
 CONFIG_NAME = "config"
-PLUGINS: dict[str, Registry[Any]] = {"reducer": REDUCERS, "benchmark": BENCHMARKS}
-"""The configuration groups whose nodes are made from plugins."""
 RUN_SETTINGS: dict[str, dict[str, Any]] = {
     "reducer": {},
     "benchmark": {"limit": None, "prompt": "{question}", "max_new_tokens": 16},
@@ -75,31 +72,22 @@ def register_plugins() -> None:
                     stacklevel=2,
                 )
     Plugins.instance().register(PluginConfigurations)
-    _point_out_hidden_files()
+    _point_out_hiddenfiles()
 
 
-def _point_out_hidden_files() -> None:
+def _point_out_hiddenfiles() -> None:
     """Warn of every configuration file of a plugin's package whose name is taken, by a plugin or by another file."""
     plugins = {
         f"{group}/{name}": registry.origin(name) for group, registry in PLUGINS.items() for name in registry.names()
     }
-    taken = {**plugins, **dict.fromkeys(_files(resources.files(CONFIG_MODULE)), "tokenreduce")}
+    taken = {**plugins, **dict.fromkeys(files(resources.files(CONFIG_MODULE)), "tokenreduce")}
     for name, package in CONFIGURATIONS.usable().items():
         origin = CONFIGURATIONS.origin(name)
-        for file in _files(resources.files(package)):
+        for file in files(resources.files(package)):
             if file in taken:
                 message = f"the configuration {file}.yaml of {origin} is ignored: the name belongs to {taken[file]}"
                 warnings.warn(message, stacklevel=3)
             taken.setdefault(file, origin)
-
-
-def _files(folder: Traversable, place: str = "") -> Iterator[str]:
-    """The configuration files below a folder, as ``group/name``."""
-    for entry in folder.iterdir():
-        if entry.is_dir():
-            yield from _files(entry, f"{place}{entry.name}/")
-        elif entry.name.endswith(".yaml"):
-            yield place + entry.name.removesuffix(".yaml")
 
 
 def knob_defaults(plugin: type) -> dict[str, Any]:
@@ -125,8 +113,19 @@ def budget_of(node: DictConfig) -> Budget | None:
     return Budget(node.currency, node.value)
 
 
-def check_overrides(overrides: Sequence[str]) -> DictConfig:
-    """The configuration that these compose, Hydra's own included; a sweep's with its first choices.
+def own_folder(arguments: Sequence[str]) -> Path | None:
+    """The caller's own configuration directory, given as Hydra takes it. Raises ``ValueError`` if it is none."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-dir", "-cd", type=Path)
+    folder: Path | None = parser.parse_known_args(list(arguments))[0].config_dir
+    if folder is not None and not folder.is_dir():
+        raise ValueError(f"--config-dir {str(folder)!r} is no directory")
+    return folder
+
+
+def check_overrides(overrides: Sequence[str], own: Path | None = None) -> DictConfig:
+    """The configuration that these compose, Hydra's own included; a sweep's with its first choices. ``own`` is a
+    further configuration directory.
 
     Raises ``ValueError`` for a choice or a setting that does not exist, with the nearest one that does.
     Hydra would refuse them too, but it knows neither the near name nor which package a plugin comes from.
@@ -136,26 +135,54 @@ def check_overrides(overrides: Sequence[str]) -> DictConfig:
             parsed = OverridesParser.create().parse_overrides(list(overrides))
         except HydraException as error:
             raise ValueError(f"{error}\nQuote a value that holds special characters: NAME='\"VALUE\"'") from error
-        fixed = [_first_choice(override) for override in parsed]
+        fixed = _search(own)
         try:
+            fixed += [_first_choice(override, own) for override in parsed]
             config = compose(CONFIG_NAME, fixed, return_hydra_config=True)
         except HydraException as error:
-            _explain(parsed)
+            _explain(parsed, own)
             cause = f"\n{error.__cause__}" if isinstance(error.__cause__, OmegaConfBaseException) else ""
             raise ValueError(f"{error}{cause}") from error
         except yaml.YAMLError as error:
             raise ValueError(f"a configuration file cannot be read: {' '.join(str(error).split())}") from error
         if any(each.is_sweep_override() or each.type is not OverrideType.CHANGE for each in parsed):
-            _explain(parsed)
+            _explain(parsed, own)
         _check_output(Path(str(config.output)))
     return config
 
 
-def _first_choice(override: Override) -> str:
+def _first_choice(override: Override, own: Path | None) -> str:
     """The override itself, or the first of those that it stands for in a sweep."""
-    if not override.is_discrete_sweep():
+    if not override.is_sweep_override() or not (values := _values(override, own)):
         return str(override.input_line)
-    return f"{override.get_key_element()}={next(override.sweep_string_iterator())}"
+    return f"{override.get_key_element()}={values[0]}"
+
+
+def _search(own: Path | None) -> list[str]:
+    """The override by which Hydra looks into the caller's ``own`` directory too."""
+    return [f"hydra.searchpath=['file://{own.absolute()}']"] if own else []
+
+
+def _options(group: str, own: Path | None) -> list[str]:
+    """Everything that can be chosen in a group, in the caller's ``own`` directory too."""
+    mine = (file.rpartition("/") for file in files(own)) if own else ()
+    known = GlobalHydra.instance().config_loader().get_group_options(group)
+    return sorted({*known, *(name for folder, _, name in mine if folder == group)})
+
+
+def _values(override: Override, own: Path | None) -> list[str]:
+    """What an override stands for: one value, those of a sweep, or the options of a group that a pattern fits; none
+    for a range of numbers. Raises ``ValueError`` for a pattern that fits none."""
+    value = override.value()
+    if isinstance(value, Glob):
+        group = override.key_or_group
+        names: list[str] = value.filter(_options(group, own))
+        if not names:
+            raise ValueError(f"no {group} is called like {', '.join(value.include)}")
+        return names
+    if override.is_sweep_override():
+        return [str(each) for each in override.sweep_string_iterator()] if override.is_discrete_sweep() else []
+    return [str(value)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,14 +228,14 @@ def sweep_folder(arguments: Sequence[str], config: DictConfig) -> Path | None:
     return Path(config.output) / "-".join(["sweep", *([study] if study else []), digest])
 
 
-def _explain(overrides: Sequence[Override]) -> None:
+def _explain(overrides: Sequence[Override], own: Path | None) -> None:
     """Raise ``ValueError`` where one of the overrides, a sweep's choices included, names what there is not."""
-    choices = _choices(overrides)
+    choices = _choices(overrides, own)
     for group, values in choices.items():
-        _check_choices(group, values)
+        check_options(group, values, _options(group, own))
     for override in overrides:
         if override.key_or_group not in choices and not override.key_or_group.startswith("hydra"):
-            _check_setting(override, choices)
+            _check_setting(override, choices, own)
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
@@ -219,36 +246,25 @@ def _default(field: dataclasses.Field[Any]) -> Any:
     return MISSING
 
 
-def _choices(overrides: Iterable[Override]) -> dict[str, list[str]]:
+def _choices(overrides: Iterable[Override], own: Path | None) -> dict[str, list[str]]:
     """For every configuration group that is overridden, the options that are asked for."""
     groups = GlobalHydra.instance().config_loader().list_groups("")
     found = {}
     for override in overrides:
         group = override.key_or_group
         if group in groups and group != "hydra" and override.type is not OverrideType.DEL:
-            values = override.sweep_string_iterator() if override.is_sweep_override() else [override.value()]
-            found[group] = [str(value) for value in values]
+            found[group] = _values(override, own)
     return found
 
 
-def _check_choices(group: str, values: Iterable[str]) -> None:
-    known = GlobalHydra.instance().config_loader().get_group_options(group)
-    for value in values:
-        if value in known:
-            continue
-        if group in PLUGINS and (reason := PLUGINS[group].broken().get(value)):
-            raise ValueError(f"{group} {value!r} of {PLUGINS[group].origin(value)} cannot be used: {reason}")
-        hint = f" (a checkpoint's directory is given as model.path={value})" if group == "model" else ""
-        raise ValueError(f"unknown {group} {value!r}: {nearest(value, known)}{hint}")
-
-
-def _check_setting(override: Override, choices: dict[str, list[str]]) -> None:
+def _check_setting(override: Override, choices: dict[str, list[str]], own: Path | None) -> None:
     """Follow an override's dotted key into the configuration that it will be applied to."""
     key = override.key_or_group
     group = key.split(".")[0]
     if override.type is not OverrideType.CHANGE and group not in PLUGINS:
         return  # adding and deleting are Hydra's own; a plugin's knobs are all there already
-    others = [f"{name}={values[0]}" for name, values in choices.items() if name != group]  # a study may choose too
+    others = _search(own)
+    others += [f"{name}={values[0]}" for name, values in choices.items() if name != group]  # a study may choose too
     for choice in choices.get(group, [None]):
         node: Any = compose(CONFIG_NAME, others if choice is None else [*others, f"{group}={choice}"])
         place = ""

@@ -42,7 +42,7 @@ def run_job(config: DictConfig, processes: Processes, sweep: SweepPlace | None =
         if finished is None:
             bench.comparer.runner.rehearse(reducer)  # what cannot work fails here, not after the baseline
     if finished is not None:
-        console.print("finished before; its times are those of then", highlight=False)
+        console.print("finished before, with the times measured then", highlight=False)
         return finished[0]
     if processes.main and (sweep is None or sweep.alone):
         with TerminalProgress(console) as progress:
@@ -166,8 +166,9 @@ def plain_console() -> Console:
 
 
 def tracking_of(config: DictConfig, sweep: Path | None) -> Tracking:
-    """Logging of a job: all that belongs to a sweep's folder is in one group, unless another is given."""
-    tracking = Tracking(**_plain(config.tracking))
+    """Logging of a job, none where the group was taken out. What belongs to a sweep's folder is in one group, unless
+    another is given."""
+    tracking = Tracking(**_plain(config.tracking)) if "tracking" in config else Tracking(enabled=False)
     return replace(tracking, group=sweep.name) if sweep and tracking.group is None else tracking
 
 

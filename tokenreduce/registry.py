@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import pkgutil
 import threading
 import warnings
 from abc import ABC, abstractmethod
@@ -16,13 +17,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from tokenreduce.benchmarks.benchmark import Benchmark
 from tokenreduce.knobs import check_knob_names, nearest, with_tuples
-from tokenreduce.models.family import ModelFamily
 from tokenreduce.presets import preset_files, preset_settings
-from tokenreduce.reducer import TokenReducer
+
+if TYPE_CHECKING:
+    from tokenreduce.benchmarks.benchmark import Benchmark
+    from tokenreduce.models.family import ModelFamily
+    from tokenreduce.reducer import TokenReducer
 
 P = TypeVar("P")
 T = TypeVar("T")
@@ -142,12 +145,21 @@ class EntryPoints(ABC, Generic[P]):
 
 
 class Registry(EntryPoints[type[T]], Generic[T]):
-    """The plugins of one group: classes that derive from ``base`` and fulfil ``rule``, which raises ``TypeError``."""
+    """The plugins of one group: classes that derive from ``base`` and fulfil ``rule``, which raises ``TypeError``.
 
-    def __init__(self, kind: str, group: str, base: type[T], rule: Callable[[type], None]) -> None:
+    A base given as ``module:Class`` is imported with the first plugin: until then names are all that is needed.
+    """
+
+    def __init__(self, kind: str, group: str, base: type[T] | str, rule: Callable[[type], None]) -> None:
         super().__init__(kind, group)
-        self._base = base
+        self._given_base = base
         self._rule = rule
+
+    @cached_property
+    def _base(self) -> type[T]:
+        given = self._given_base
+        found: type[T] = pkgutil.resolve_name(given) if isinstance(given, str) else given
+        return found
 
     def _check(self, loaded: Any) -> type[T]:
         if not (isinstance(loaded, type) and issubclass(loaded, self._base)):
@@ -185,7 +197,7 @@ class Registry(EntryPoints[type[T]], Generic[T]):
         return cls.__qualname__
 
 
-class Reducers(Registry[TokenReducer]):
+class Reducers(Registry["TokenReducer"]):
     """The reducers, of which some have further names for some of their settings: their presets."""
 
     def create(self, name: str | type[TokenReducer], **knobs: Any) -> TokenReducer:
@@ -258,9 +270,13 @@ def names_its_classes(plugin: type) -> None:
         raise TypeError(f"{plugin.__qualname__}.classes is {classes!r}, not a tuple of names of transformers classes")
 
 
-REDUCERS = Reducers("reducer", "tokenreduce.reducers", TokenReducer, frozen_dataclass)
-MODELS: Registry[ModelFamily] = Registry("model", "tokenreduce.models", ModelFamily, names_its_classes)
-BENCHMARKS: Registry[Benchmark] = Registry("benchmark", "tokenreduce.benchmarks", Benchmark, frozen_dataclass)
+REDUCERS = Reducers("reducer", "tokenreduce.reducers", "tokenreduce.reducer:TokenReducer", frozen_dataclass)
+MODELS: Registry[ModelFamily] = Registry(
+    "model", "tokenreduce.models", "tokenreduce.models.family:ModelFamily", names_its_classes
+)
+BENCHMARKS: Registry[Benchmark] = Registry(
+    "benchmark", "tokenreduce.benchmarks", "tokenreduce.benchmarks.benchmark:Benchmark", frozen_dataclass
+)
 CONFIGURATIONS = ConfigurationPackages("configuration", "tokenreduce.configs")
 
 _BY_KIND: dict[str, Registry[Any]] = {"reducers": REDUCERS, "models": MODELS, "benchmarks": BENCHMARKS}

@@ -16,6 +16,7 @@ from tokenreduce.models.family import family_of
 from tokenreduce.reducer import AtDecoder, AtProjector, Geometry, Selection, Span, Step, TokenReducer, VisualTokens
 from tokenreduce.registry import MODELS
 from tokenreduce.testing import prompts
+from tokenreduce.testing.processors import tiny_processor
 
 REDUCERS = [name for name in available("reducers") if name != "chain"]
 CHAINS = {
@@ -93,7 +94,11 @@ def test_merging_across_pictures_twice(llava: Model) -> None:
 
 @pytest.mark.parametrize("name", REDUCERS)
 def test_every_reducers_notes_hold_together(llava: Model, made: Callable[[str], TokenReducer], name: str) -> None:
-    with reduce_tokens(llava, made(name), question="what is it") as attachment, torch.no_grad():
+    processor = tiny_processor(llava, ["what", "is", "it"])
+    with (
+        reduce_tokens(llava, made(name), question="what is it", processor=processor) as attachment,
+        torch.no_grad(),
+    ):
         llava(**prompts(llava, [1, 3, 0, 2]))
     for sample in attachment.samples:
         consistent(sample)

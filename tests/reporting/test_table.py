@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import re
+import time
 from dataclasses import replace
 
 import pytest
@@ -115,3 +117,16 @@ def test_progress_tells_phases_counts_and_what_was_done_before(terminal: bool) -
     assert "waiting for [another] job" in text
     assert ("10/10" if terminal else "10 of 10 done") in text
     assert terminal == ("\x1b" in text)
+
+
+def test_a_log_file_is_told_how_far_a_long_phase_is() -> None:
+    file = io.StringIO()
+    with TerminalProgress(Console(file=file, width=110), pause=0.01) as progress:
+        progress.start("unreduced", 10, 4)
+        progress.advance(2)
+        for _ in range(500):
+            if "left" in file.getvalue():
+                break
+            time.sleep(0.01)
+        progress.finish()
+    assert re.search(r"^unreduced: 6 of 10 after \d+ s, \S+ a second, \d+ s left$", file.getvalue(), re.MULTILINE)

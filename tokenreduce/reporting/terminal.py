@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 from rich.console import Console
@@ -10,10 +11,14 @@ from rich.progress import Progress as Bars
 
 
 class TerminalProgress:
-    """The phases of an evaluation, one under the other. A context manager, so that the terminal is given back."""
+    """The phases of an evaluation, one under the other. A context manager, so that the terminal is given back.
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    Where there is no terminal, a line at least every ``pause`` seconds says how far it is: a job that only writes a log
+    shall not look dead.
+    """
+
+    def __init__(self, console: Console, pause: float = 30.0) -> None:
+        self._console, self._pause, self._over = console, pause, threading.Event()
         self._bars = Bars(
             TextColumn("{task.description:<24}"),
             BarColumn(bar_width=36),
@@ -25,18 +30,34 @@ class TerminalProgress:
             console=console,
         )
         self._task: TaskID | None = None
-        self._phase, self._total, self._done, self._started = "", 0, 0, 0.0
+        self._phase, self._total, self._done, self._found, self._started = "", 0, 0, 0, 0.0
 
     def __enter__(self) -> TerminalProgress:
         if self._console.is_terminal:
             self._bars.start()
+        else:
+            threading.Thread(target=self._report, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._over.set()
         self._bars.stop()
 
+    def _report(self) -> None:
+        while not self._over.wait(self._pause):
+            if self._phase:
+                self._console.print(self._line(), highlight=False)
+
+    def _line(self) -> str:
+        """How far the phase is, how quickly it goes, and how long it will still take."""
+        done, left = self._done - self._found, self._total - self._done
+        seconds = time.monotonic() - self._started
+        line = f"{self._phase}: {self._done} of {self._total} after {seconds:.0f} s"
+        return line + (f", {done / seconds:.2g} a second, {left * seconds / done:.0f} s left" if done else "")
+
     def start(self, phase: str, total: int, done: int = 0) -> None:
-        self._phase, self._total, self._done, self._started = phase, total, done, time.monotonic()
+        self._phase, self._total, self._done, self._found = phase, total, done, done
+        self._started = time.monotonic()
         remark = f"{done} from an earlier run" if done else ""
         if self._console.is_terminal:
             self._task = self._bars.add_task(phase, total=total, completed=done, remark=remark)
@@ -55,6 +76,7 @@ class TerminalProgress:
         elif not self._console.is_terminal:
             seconds = time.monotonic() - self._started
             self._console.print(f"{self._phase}: {self._done} of {self._total} done, {seconds:.1f} s", highlight=False)
+            self._phase = ""
 
     def note(self, message: str) -> None:
         self._console.print(message, highlight=False, markup=False)
