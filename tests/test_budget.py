@@ -19,6 +19,8 @@ SQUARE = Layout((Tile(Grid(24, 24)),), text=64)
 WIDE = Layout((Tile(Grid(12, 20)), Tile(Grid(30, 30), picture=1)), text=20)
 DECODER = LlamaConfig()
 ADAPTIVE = {"prumerge", "prumerge_plus", "vflowopt", "todre"}
+VIDEOS_ONLY = {"dtd", "evs"}
+"""They leave images whole."""
 WITHOUT_KNOB = {"none", "no_image", "cmai", "yopo"}
 INSIDE = {"fastv", "dart", "efficientvla", "llavolta", "pyramiddrop", "sparsevlm", "v2drop", "vtw"}
 """They drop inside the language model: what enters is always everything."""
@@ -74,7 +76,7 @@ def test_planned_counts_give_the_flops_that_papers_print() -> None:
 
 @pytest.mark.parametrize("currency", ["tokens", "layer_mean", "flops"])
 @pytest.mark.parametrize(("value", "layouts"), [(0.5, (SQUARE,)), (0.34, (SQUARE, WIDE))])
-@pytest.mark.parametrize("name", sorted({*available("reducers")} - ADAPTIVE - WITHOUT_KNOB - {"chain"}))
+@pytest.mark.parametrize("name", sorted({*available("reducers")} - ADAPTIVE - VIDEOS_ONLY - WITHOUT_KNOB - {"chain"}))
 def test_every_method_can_cost_the_same(
     made: Callable[[str], TokenReducer], name: str, layouts: Sequence[Layout], value: float, currency: Currency
 ) -> None:
@@ -127,6 +129,8 @@ def test_a_whole_budget_changes_nothing() -> None:
         ("fopru_row", 23, "it can cost 24 to 576"),
         ("none", 0.5, r"NoReduction has no knob .* meets no budget: it costs a layer mean of 576 visual tokens"),
         ("no_image", 0.5, r"NoImage has no knob .*: it costs a layer mean of 0 visual tokens"),
+        ("evs", 0.5, r"Evs cannot cost a layer mean of 288 .*: on this model it always costs a layer mean of 576"),
+        ("dtd", 0.5, r"Dtd has no knob .*: it costs a layer mean of 576 visual tokens"),
         ("prumerge", 0.5, r"PruMerge decides by the picture how many tokens it keeps"),
     ],
 )

@@ -32,6 +32,8 @@ REDUCERS = [name for name in available("reducers") if name != "chain"]
 ON_VIDEOS = (
     "centerclip",
     "divprune",
+    "dtd",
+    "evs",
     "fastv",
     "flashvid",
     "fopru_rank",
