@@ -19,7 +19,7 @@ SQUARE = Layout((Tile(Grid(24, 24)),), text=64)
 WIDE = Layout((Tile(Grid(12, 20)), Tile(Grid(30, 30), picture=1)), text=20)
 DECODER = LlamaConfig()
 ADAPTIVE = {"prumerge", "prumerge_plus", "vflowopt", "todre"}
-VIDEOS_ONLY = {"dtd", "evs"}
+VIDEOS_ONLY = {"dtd", "evs", "quota"}
 """They leave images whole."""
 WITHOUT_KNOB = {"none", "no_image", "cmai", "yopo"}
 INSIDE = {"fastv", "dart", "efficientvla", "llavolta", "pyramiddrop", "sparsevlm", "v2drop", "vtw"}

@@ -40,6 +40,7 @@ ON_VIDEOS = (
     "holitom",
     "no_image",
     "pool",
+    "quota",
     "random",
     "sparsevlm",
     "vidcom2",
