@@ -26,8 +26,8 @@ from tokenreduce.reducer import (
     TokenReducer,
     VisualTokens,
     best,
-    blocks,
     check_keep,
+    density_peaks,
     merge,
 )
 from tokenreduce.signals import DecoderAttention, EncoderAttention
@@ -99,7 +99,7 @@ class FlashVid(TokenReducer):
         if sum(sizes) != span.current:
             return 0, span.current
         shares = [self.shares(span, size) for size in sizes]
-        if len(sizes) > 1 and is_film(span):
+        if len(sizes) > 1 and span.film:
             least = sum(map(sum, shares))
             return least, least + sum(rest > 0 for _, rest in shares)
         return sum(picks + math.ceil(size * (rest / size)) for size, (picks, rest) in zip(sizes, shares, strict=True))
@@ -118,7 +118,7 @@ class FlashVid(TokenReducer):
             return Selection(tokens.best(tokens[step.sees[0]].received(-1)))
         received = torch.cat([attention.received(slice(None)) for attention in tokens.each(step.sees[0])])
         tiles = len(tokens.span.tiles)
-        if is_film(tokens.span):
+        if tokens.span.film:
             size = len(tokens) // tiles
             frames = (tokens.tile * size + tokens.place).argsort().view(tiles, size)
             means = normalize(tokens.features[frames].float().mean(dim=1), dim=-1)
@@ -216,13 +216,6 @@ class FlashVid(TokenReducer):
         return torch.where((~likely).sum() < least, likeness > soft, likely), parent
 
 
-def is_film(span: Span) -> bool:
-    """True for frames of one size that are whole."""
-    tiles = span.tiles
-    alike = all(tile.role == "frame" and tile.grid == tiles[0].grid for tile in tiles)
-    return alike and span.current == len(tiles) * len(tiles[0].grid)
-
-
 def aggregated(features: Tensor, merging: Tensor, parent: Tensor) -> Tensor:
     """Every token ``(frames, n, dim)`` with its tree's sum, over one more than it has direct children."""
     values, size = features.clone(), features.shape[1]
@@ -232,20 +225,3 @@ def aggregated(features: Tensor, merging: Tensor, parent: Tensor) -> Tensor:
         children = merge(torch.ones_like(values[number, :, :1]), group, size + 1, "sum")[:size]
         values[number - 1] /= torch.where(merging[number - 1, :, None], 1, 1 + children)
     return values
-
-
-def density_peaks(points: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The places of ``count`` centres of the ``points`` (n, dim), ascending, and the cluster ``(n,)`` of every point.
-
-    Centres are dense, by at most seven neighbours, and far from what is denser; other points go to the nearest one.
-    """
-    # Not by way of a matrix product, whose rounding would give a point a distance to itself.
-    distances = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist").div_(points.shape[-1] ** 0.5)
-    nearest = distances.topk(min(7, count), largest=False).values
-    density, farthest = (-nearest.square().mean(dim=-1)).exp(), distances.max()
-    parts = blocks(torch.arange(len(points), device=points.device), len(points))
-    separation = [distances[some].where(density > density[some, None], farthest).amin(dim=1) for some in parts]
-    centres = best(density * torch.cat(separation), count)
-    cluster = torch.cat([distances[some][:, centres].argmin(dim=1) for some in parts])
-    cluster[centres] = torch.arange(count, device=cluster.device)
-    return centres, cluster

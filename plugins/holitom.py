@@ -24,7 +24,7 @@ from tokenreduce.reducer import (
     TokenReducer,
     VisualTokens,
     best,
-    blocks,
+    density_peaks,
     merge,
 )
 from tokenreduce.signals import DecoderAttention, EncoderAttention
@@ -82,7 +82,7 @@ class HoliTom(TokenReducer):
         ratio, sizes = self.ratio(span), [len(grid) for grid in span.grids]
         if len(sizes) == 1:
             return math.ceil(span.current * ratio)
-        if not is_film(span) and sum(sizes) == span.current:
+        if not span.film and sum(sizes) == span.current:
             return sum(math.ceil(size * ratio) for size in sizes)
         # Of every frame what moves is rounded up, and of two frames or more together what stands still, by a half.
         return 0, min(span.current, math.floor(span.current * ratio + 1.25 * len(sizes)))
@@ -97,7 +97,7 @@ class HoliTom(TokenReducer):
             return averaged(tokens.features, tokens.best(tokens[step.sees[0]].received(-1)))
         received = torch.cat([attention.received(slice(None)) for attention in tokens.each(step.sees[0])])
         ratio, count = self.ratio(tokens.span), len(tokens.span.tiles)
-        if not is_film(tokens.span):
+        if not tokens.span.film:
             tiles = [(tokens.tile == number).nonzero()[:, 0] for number in range(count)]
             return Selection(torch.cat([tile[best(received[tile], math.ceil(len(tile) * ratio))] for tile in tiles]))
         size = len(tokens) // count
@@ -136,13 +136,6 @@ class HoliTom(TokenReducer):
         return points[centres].where(sizes == 1, self.beta * points[centres] + (1 - self.beta) * others)
 
 
-def is_film(span: Span) -> bool:
-    """True for frames of one size that are whole."""
-    tiles = span.tiles
-    alike = all(tile.role == "frame" and tile.grid == tiles[0].grid for tile in tiles)
-    return alike and span.current == len(tiles) * len(tiles[0].grid)
-
-
 def static_windows(still: Tensor, window: int) -> tuple[list[tuple[int, int]], int]:
     """The stretches, as their first and last frames, by which most tokens are saved, and how many that are.
 
@@ -165,23 +158,6 @@ def static_windows(still: Tensor, window: int) -> tuple[list[tuple[int, int]], i
         segments.append((begins[last], last))
         last = begins[last] - 1
     return segments[::-1], best_until[-1]
-
-
-def density_peaks(points: Tensor, count: int, neighbours: int) -> tuple[Tensor, Tensor]:
-    """The places of ``count`` centres of the ``points`` (n, dim), ascending, and the cluster ``(n,)`` of every point.
-
-    Centres are dense, and far from what is denser; other points go to the nearest one.
-    """
-    # Not by way of a matrix product, whose rounding would give a point a distance to itself.
-    distances = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist").div_(points.shape[-1] ** 0.5)
-    nearest = distances.topk(min(neighbours, count), largest=False).values
-    density, farthest = (-nearest.square().mean(dim=-1)).exp(), distances.max()
-    parts = blocks(torch.arange(len(points), device=points.device), len(points))
-    separation = [distances[some].where(density > density[some, None], farthest).amin(dim=1) for some in parts]
-    centres = best(density * torch.cat(separation), count)
-    cluster = torch.cat([distances[some][:, centres].argmin(dim=1) for some in parts])
-    cluster[centres] = torch.arange(count, device=cluster.device)
-    return centres, cluster
 
 
 def averaged(states: Tensor, kept: Tensor) -> Selection:

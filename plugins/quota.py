@@ -52,10 +52,10 @@ class Quota(TokenReducer):
         return [AtProjector(scope="picture", sees=(self.scorer or QuestionLikeness(self.clip),))]
 
     def count(self, step: Step, span: Span) -> Count:
-        return (0, min(span.current, span.keep(self.keep))) if is_film(span) else span.current
+        return (0, min(span.current, span.keep(self.keep))) if span.film else span.current
 
     def select(self, step: Step, tokens: VisualTokens) -> Selection:
-        if not is_film(tokens.span):
+        if not tokens.span.film:
             return tokens.everything()
         values = [torch.as_tensor(value).float().mean() for value in tokens.each(step.sees[0])]
         scores = torch.stack(values) if self.scorer else (torch.stack(values) + 1) / 2
@@ -76,13 +76,6 @@ class Quota(TokenReducer):
         if not index:
             return Selection(tokens.index[:0])
         return Selection(torch.cat(index), torch.cat(rows).to(tokens.features.dtype), source)
-
-
-def is_film(span: Span) -> bool:
-    """True for frames of one size that are whole."""
-    tiles = span.tiles
-    alike = all(tile.role == "frame" and tile.grid == tiles[0].grid for tile in tiles)
-    return alike and span.current == len(tiles) * len(tiles[0].grid)
 
 
 def shares(scores: Tensor, budget: int) -> list[int]:

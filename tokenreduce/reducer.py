@@ -182,6 +182,12 @@ class Span:
         """The seconds at which each tile was taken, None where the model has no times."""
         return tuple(tile.time for tile in self.tiles)
 
+    @property
+    def film(self) -> bool:
+        """True where the tiles are frames of one size, and all of their tokens are there."""
+        alike = all(tile.role == "frame" and tile.grid == self.tiles[0].grid for tile in self.tiles)
+        return alike and self.current == len(self.tiles) * len(self.tiles[0].grid)
+
     def keep(self, keep: Keep, rounding: Rounding = "floor") -> int:
         """How many tokens ``keep`` means of those that entered."""
         return tokens_to_keep(keep, self.entered, rounding)
@@ -566,6 +572,24 @@ def merge(rows: Tensor, group: Tensor, groups: int, how: Literal["sum", "mean"] 
     order = group.argsort(stable=True)
     starts = torch.searchsorted(group[order], torch.arange(groups, device=group.device))
     return embedding_bag(order, rows, starts, mode=how)
+
+
+def density_peaks(points: Tensor, count: int, neighbours: int = 7) -> tuple[Tensor, Tensor]:
+    """The places of ``count`` centres of the ``points`` (n, dim), ascending, and the cluster ``(n,)`` of every point.
+
+    Centres are dense, by at most so many ``neighbours``, and far from what is denser; other points go to the nearest.
+    This is DPC-KNN as video methods use it, without its random noise.
+    """
+    # Not by way of a matrix product, whose rounding would give a point a distance to itself.
+    distances = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist").div_(points.shape[-1] ** 0.5)
+    nearest = distances.topk(min(neighbours, count), largest=False).values
+    density, farthest = (-nearest.square().mean(dim=-1)).exp(), distances.max()
+    parts = blocks(torch.arange(len(points), device=points.device), len(points))
+    separation = [distances[some].where(density > density[some, None], farthest).amin(dim=1) for some in parts]
+    centres = best(density * torch.cat(separation), count)
+    cluster = torch.cat([distances[some][:, centres].argmin(dim=1) for some in parts])
+    cluster[centres] = torch.arange(count, device=cluster.device)
+    return centres, cluster
 
 
 def blocks(places: Tensor, columns: int) -> tuple[Tensor, ...]:

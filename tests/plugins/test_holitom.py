@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from tokenreduce import create, reduce_tokens
-from tokenreduce.reducer import Geometry, Grid, Span, Tile, VisualTokens
+from tokenreduce.reducer import Geometry, Grid, Span, Tile, VisualTokens, density_peaks
 from tokenreduce.testing import check_reducer, prompts
-from tokenreduce_plugins.holitom import HoliTom, averaged, density_peaks, static_windows
+from tokenreduce_plugins.holitom import HoliTom, averaged, static_windows
 
 from .films import film, received, show_film
 from .golden import GEOMETRY, Case, assert_equal_floats, cases, random, show
