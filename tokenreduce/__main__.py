@@ -5,14 +5,13 @@ What is answered here takes no import of torch: the help, the version, an unknow
 
 from __future__ import annotations
 
-import os
 import sys
-import warnings
 from collections.abc import Sequence
 from importlib import import_module, metadata
 
 from tokenreduce import choices
 from tokenreduce.knobs import nearest
+from tokenreduce.messages import SUCCESS, plain_warnings, refused, wants_everything
 
 TOOLS = {
     "report": ("tokenreduce.report", "one page, tables and figures of finished runs"),
@@ -29,35 +28,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _tool(words[0], words[1:])
     if words == ["--version"]:
         print(f"tokenreduce {metadata.version('tokenreduce')}")
-        return 0
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+        return SUCCESS
+    with plain_warnings():
         if {"--help", "-h"} & {*words}:
             print(choices.overview({tool: purpose for tool, (_, purpose) in TOOLS.items()}))
-            return 0
+            return SUCCESS
         try:
             choices.check(words)
         except ValueError as error:
-            if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            if wants_everything():
                 raise
-            return _refused(error)
+            return refused(error)
     return _run("tokenreduce.command", words)
 
 
 def _tool(name: str, words: Sequence[str]) -> int:
     if name not in TOOLS:
-        return _refused(f"unknown tool {name!r}: {nearest(name, list(TOOLS))}; settings are given as NAME=VALUE")
+        return refused(f"unknown tool {name!r}: {nearest(name, list(TOOLS))}; settings are given as NAME=VALUE")
     return _run(TOOLS[name][0], words)
 
 
 def _run(module: str, words: Sequence[str]) -> int:
     status: int = import_module(module).main(words)
     return status
-
-
-def _refused(reason: object) -> int:
-    print(f"error: {reason}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":

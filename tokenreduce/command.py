@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import threading
 import time
 import traceback
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,13 +29,14 @@ from tokenreduce.evaluation import read_result
 from tokenreduce.evaluation.processes import Processes, dismiss, launched
 from tokenreduce.evaluation.result import METRICS
 from tokenreduce.job import plain_console, release, run_job, tracking_of
+from tokenreduce.messages import BAD_INPUT, SUCCESS, plain_warnings, refused, wants_everything
 from tokenreduce.reporting.files import PAGE
 from tokenreduce.reporting.html import write_report
 from tokenreduce.reporting.table import overview
 from tokenreduce.reporting.tracking import Tracking, log_report
 from tokenreduce.sweep import Marks, Outcome, marks, outcomes_since, varied
 
-SUCCESS, BAD_INPUT, INTERRUPTED, TERMINATED = 0, 2, 130, 143
+INTERRUPTED, TERMINATED = 130, 143
 
 
 class Terminated(KeyboardInterrupt):
@@ -47,12 +46,12 @@ class Terminated(KeyboardInterrupt):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command with these arguments, by default the process's own, and return its exit status."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    with _plain_warnings(Processes()):
+    with plain_warnings():
         processes = launched()
     try:
-        with _plain_warnings(processes), _reported(processes), _terminated_like_interrupted():
+        with plain_warnings(processes.main), _reported(processes), _terminated_like_interrupted():
             _start(arguments, processes)
-    except SystemExit as leaving:  # from below, or how Hydra ends after --help, and after an error that it has reported
+    except SystemExit as leaving:  # from below, or how Hydra ends after its own help or an error that it has reported
         return leaving.code if isinstance(leaving.code, int) else SUCCESS
     finally:
         dismiss()
@@ -107,14 +106,14 @@ def _run_in_sweep(config: DictConfig, processes: Processes, sweep: SweepPlace) -
     if processes.main:
         print(name, file=sys.stderr)
     started, folder, failure = time.monotonic(), None, None
-    with _plain_warnings(processes):
+    with plain_warnings(processes.main):
         try:
             folder = run_job(config, processes, sweep)
         except Exception as error:
             failure = f"{type(error).__name__}: {error}"
             if processes.main:
                 print(f"error: {error}\n({name})", file=sys.stderr)
-                if not isinstance(error, _USERS_ERRORS) or _wants_everything():
+                if not isinstance(error, _USERS_ERRORS) or wants_everything():
                     traceback.print_exc()
     if processes.main:
         seconds = round(time.monotonic() - started, 1)
@@ -157,21 +156,16 @@ _USERS_ERRORS = (ValueError, TypeError, OSError)
 """Errors that a user can mend: reported in a few lines."""
 
 
-def _wants_everything() -> bool:
-    """Hydra's own switch for whole tracebacks."""
-    return os.environ.get("HYDRA_FULL_ERROR") == "1"
-
-
 @contextmanager
 def _reported(processes: Processes) -> Iterator[None]:
     """Turn what a user can mend into a few lines on standard error and an exit status."""
     try:
         yield
     except _USERS_ERRORS as error:
-        if _wants_everything():
+        if wants_everything():
             raise
         if processes.main:
-            print(f"error: {error}", file=sys.stderr)
+            refused(error)
         raise SystemExit(BAD_INPUT) from None
     except KeyboardInterrupt as interruption:
         if processes.main:
@@ -194,19 +188,6 @@ def _terminated_like_interrupted() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def _plain_warnings(processes: Processes) -> Iterator[None]:
-    """Show a warning once, as its sentence: the place in the code says nothing to somebody at a terminal."""
-
-    def show(message: Warning | str, *_: object, **__: object) -> None:
-        if processes.main:
-            print(f"warning: {message}", file=sys.stderr)
-
-    with warnings.catch_warnings():
-        warnings.showwarning = show
-        yield
 
 
 @contextmanager

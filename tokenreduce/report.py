@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from tokenreduce.messages import SUCCESS, plain_warnings, refused
 from tokenreduce.reporting.html import write_report
-
-SUCCESS, BAD_INPUT = 0, 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,13 +19,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--title", help="the page's heading")
     parser.add_argument("--sample", action="append", metavar="ID", help="draw this sample; may be given several times")
     options = parser.parse_args(arguments)
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    with plain_warnings():
         try:
             page = write_report(options.runs, options.output, title=options.title, samples=options.sample)
         except (ValueError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return BAD_INPUT
+            return refused(error)
     print(page)
     return SUCCESS
 

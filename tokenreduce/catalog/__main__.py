@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import warnings
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -20,10 +19,11 @@ from tokenreduce.catalog.description import REGISTRIES, described, example, find
 from tokenreduce.catalog.scaffold import create_package
 from tokenreduce.catalog.table import models_table, table
 from tokenreduce.catalog.verdict import FAILED, Finding, findings
+from tokenreduce.messages import SUCCESS, plain_warnings, refused
 from tokenreduce.models.family import ModelFamily
 from tokenreduce.registry import INTERFACE, Problem
 
-SUCCESS, BROKEN_PROMISE, BAD_INPUT = 0, 1, 2
+BROKEN_PROMISE = 1
 TABLES = {"reducers": table, "models": models_table}
 UNLIMITED = 10_000
 """Columns where nobody looks: a row of a table that goes into a file or a pipe stays on one line."""
@@ -32,13 +32,11 @@ UNLIMITED = 10_000
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command with these arguments, by default the process's own, and return its exit status."""
     options = _parser().parse_args(arguments)
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    with plain_warnings():
         try:
             status: int = options.run(options)
         except (ValueError, TypeError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return BAD_INPUT
+            return refused(error)
     return status
 
 
