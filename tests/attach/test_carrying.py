@@ -18,18 +18,17 @@ from tokenreduce.reducer import (
     AtDecoder,
     AtEncoderOutput,
     AtProjector,
-    Count,
     Geometry,
     Grid,
     Keep,
     Selection,
-    Span,
     Step,
     Tile,
     TokenReducer,
     VisualTokens,
 )
 from tokenreduce.testing import prompts
+from tokenreduce.testing.wrapping import Wrapped
 
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 3}
 LLAVA = Geometry(encoder_layers=24, decoder_layers=32, feature_layer=22, class_token=True)
@@ -192,19 +191,11 @@ def test_an_adaptive_entering_count_is_still_refused() -> None:
 
 
 @dataclass(frozen=True)
-class Before(TokenReducer):
+class Before(Wrapped):
     """Another method's steps before the language model alone."""
-
-    inner: TokenReducer
 
     def steps(self, geometry: Geometry) -> Sequence[Step]:
         return [step for step in self.inner.steps(geometry) if not isinstance(step, AtDecoder)]
-
-    def count(self, step: Step, span: Span) -> Count:
-        return self.inner.count(step, span)
-
-    def select(self, step: Step, tokens: VisualTokens) -> Selection:
-        return self.inner.select(step, tokens)
 
 
 @dataclass(frozen=True)

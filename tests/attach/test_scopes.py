@@ -20,12 +20,10 @@ from tokenreduce.reducer import (
     AtDecoder,
     AtEncoderOutput,
     AtProjector,
-    Count,
     Geometry,
     Keep,
     Scope,
     Selection,
-    Span,
     Step,
     TokenReducer,
     VisualTokens,
@@ -40,6 +38,7 @@ from tokenreduce.testing.invariants import (
     equals_the_literal_sequence,
     neighbours_do_not_matter,
 )
+from tokenreduce.testing.wrapping import Wrapped
 
 Checkpoint = Callable[[str], Path]
 FAMILIES = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in recipes()]
@@ -185,17 +184,10 @@ class Note(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Logged(TokenReducer):
+class Logged(Wrapped):
     """Another reducer, with notes of what it was shown and what it selected."""
 
-    inner: TokenReducer
     log: list[Note] = field(default_factory=list)
-
-    def steps(self, geometry: Geometry) -> Sequence[Step]:
-        return self.inner.steps(geometry)
-
-    def count(self, step: Step, span: Span) -> Count:
-        return self.inner.count(step, span)
 
     def select(self, step: Step, tokens: VisualTokens) -> Selection:
         signals = {signal: list(tokens.each(signal)) for signal in step.sees}

@@ -27,7 +27,6 @@ from tokenreduce.reducer import (
     AtProjector,
     Count,
     Geometry,
-    Positions,
     Selection,
     Span,
     Step,
@@ -36,6 +35,7 @@ from tokenreduce.reducer import (
     VisualTokens,
 )
 from tokenreduce.registry import MODELS
+from tokenreduce.testing.wrapping import Wrapped
 
 Inputs = Mapping[str, Any]
 
@@ -68,23 +68,13 @@ class Identity(TokenReducer):
 
 
 @dataclass(frozen=True)
-class _Recorded(TokenReducer):
+class _Recorded(Wrapped):
     """Another reducer, whose selections are written down."""
 
-    inner: TokenReducer
     log: list[tuple[Step, Selection]]
 
-    def steps(self, geometry: Geometry) -> Sequence[Step]:
-        return self.inner.steps(geometry)
-
-    def count(self, step: Step, span: Span) -> Count:
-        return self.inner.count(step, span)
-
-    def positions_after(self, step: Step) -> Positions:
-        return self.inner.positions_after(step)
-
     def select(self, step: Step, tokens: VisualTokens) -> Selection:
-        selection = self.inner.select(step, tokens)
+        selection = super().select(step, tokens)
         self.log.append((step, selection))
         return selection
 

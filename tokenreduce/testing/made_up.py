@@ -11,19 +11,17 @@ from torch import Tensor
 
 from tokenreduce.passage import Group, Journey
 from tokenreduce.reducer import (
-    Count,
     Geometry,
     Grid,
     Layer,
-    Positions,
     Selection,
-    Span,
     Step,
     Tile,
     TokenReducer,
     VisualTokens,
 )
 from tokenreduce.signals import Attention, Clip, Scene, View
+from tokenreduce.testing.wrapping import Wrapped
 
 LLAVA = Geometry(encoder_layers=24, decoder_layers=32, feature_layer=22, class_token=True)
 """LLaVA-1.5-7B's."""
@@ -131,21 +129,11 @@ class MadeUp(View):
 
 
 @dataclass(frozen=True)
-class _Within(TokenReducer):
+class _Within(Wrapped):
     """Another reducer, whose selections are made in a context."""
 
-    inner: TokenReducer
     within: Callable[[], AbstractContextManager[object]]
-
-    def steps(self, geometry: Geometry) -> Sequence[Step]:
-        return self.inner.steps(geometry)
-
-    def count(self, step: Step, span: Span) -> Count:
-        return self.inner.count(step, span)
-
-    def positions_after(self, step: Step) -> Positions:
-        return self.inner.positions_after(step)
 
     def select(self, step: Step, tokens: VisualTokens) -> Selection:
         with self.within():
-            return self.inner.select(step, tokens)
+            return super().select(step, tokens)
