@@ -169,7 +169,7 @@ def likeness(features: Tensor, before: Tensor) -> Tensor:
 
 def still(span: Span) -> bool:
     """True of an image, also of one that is cut up, and of a video of one frame."""
-    return len(span.tiles) < 2 or any(tile.role in ("thumbnail", "crop") for tile in span.tiles)
+    return len(span.tiles) < 2 or span.cut_up
 
 
 def earlier(tokens: VisualTokens) -> Tensor:

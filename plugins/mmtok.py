@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_max_pool2d, normalize
 
 from tokenreduce.reducer import AtProjector, Geometry, Keep, Layer, Selection, Step, TokenReducer, VisualTokens, cover
-from tokenreduce.signals import EncoderHidden, Signal, View, Watch
+from tokenreduce.signals import EncoderHidden, QuestionEmbeddings, Signal, View
 
 INSTRUCTIONS = (
     "Answer the question using a single word or phrase.",
@@ -31,7 +30,7 @@ UNSEEN = frozenset(
 
 
 @dataclass(frozen=True)
-class QuestionWords(Signal):
+class QuestionWords(QuestionEmbeddings):
     """The question's words in the language model's embedding table, each tokenised alone: ``(tokens, dim)``.
 
     clean_text: True for those that a picture can show, or all of them if there are none; False for all of them, and
@@ -39,12 +38,6 @@ class QuestionWords(Signal):
     """
 
     clean_text: bool
-    joint: ClassVar[bool] = True
-    text: ClassVar[bool] = True
-
-    def watch(self, watch: Watch) -> None:
-        watch.question()
-        watch.processor()
 
     def value(self, view: View) -> Tensor:
         return view.question_embeddings(

@@ -50,7 +50,7 @@ class VidCom2(TokenReducer):
 
     def count(self, step: Step, span: Span) -> Count:
         total, share = span.current, self.share(span.current)
-        sizes = [total] if cut_up(span) else [len(grid) for grid in span.grids]
+        sizes = [total] if span.cut_up else [len(grid) for grid in span.grids]
         if self.exact:
             return min(total, max(len(sizes), int(total * share)))
         if len(sizes) == 1:
@@ -66,7 +66,7 @@ class VidCom2(TokenReducer):
         return self.keep if isinstance(self.keep, float) else min(1.0, self.keep / max(1, tokens))
 
     def select(self, step: Step, tokens: VisualTokens) -> Selection:
-        frame = torch.zeros_like(tokens.tile) if cut_up(tokens.span) else tokens.tile
+        frame = torch.zeros_like(tokens.tile) if tokens.span.cut_up else tokens.tile
         _, frame, sizes = frame.unique(return_inverse=True, return_counts=True)
         video_score, frame_score = likeness(tokens.features.float(), frame, len(sizes))
         unlike = -merge(video_score[:, None], frame, len(sizes))[:, 0]
@@ -80,11 +80,6 @@ class VidCom2(TokenReducer):
         if self.exact:
             return Selection(order[dropped[order].argsort(stable=True)][: tokens.keep].sort().values)
         return Selection((~dropped).nonzero()[:, 0])
-
-
-def cut_up(span: Span) -> bool:
-    """True if the tiles are parts of an image, and no frames."""
-    return any(tile.role in ("thumbnail", "crop") for tile in span.tiles)
 
 
 def likeness(features: Tensor, frame: Tensor, frames: int) -> tuple[Tensor, Tensor]:

@@ -183,6 +183,11 @@ class Span:
         return tuple(tile.time for tile in self.tiles)
 
     @property
+    def cut_up(self) -> bool:
+        """True where the tiles are parts of a picture that was cut up."""
+        return any(tile.role in ("thumbnail", "crop") for tile in self.tiles)
+
+    @property
     def film(self) -> bool:
         """True where the tiles are frames of one size, and all of their tokens are there."""
         alike = all(tile.role == "frame" and tile.grid == self.tiles[0].grid for tile in self.tiles)
