@@ -30,7 +30,8 @@ class TerminalProgress:
             console=console,
         )
         self._task: TaskID | None = None
-        self._phase, self._total, self._done, self._found, self._started = "", 0, 0, 0, 0.0
+        self._phase, self._total, self._done, self._found = "", 0, 0, 0
+        self._started = self._spoken = time.monotonic()
 
     def __enter__(self) -> TerminalProgress:
         if self._console.is_terminal:
@@ -44,20 +45,25 @@ class TerminalProgress:
         self._bars.stop()
 
     def _report(self) -> None:
-        while not self._over.wait(self._pause):
-            if self._phase:
-                self._console.print(self._line(), highlight=False)
+        while not self._over.wait(max(0.0, self._spoken + self._pause - time.monotonic())):
+            if time.monotonic() - self._spoken >= self._pause:
+                self._spoken = time.monotonic()
+                if self._phase:
+                    self._console.print(self._line(), highlight=False)
 
     def _line(self) -> str:
         """How far the phase is, how quickly it goes, and how long it will still take."""
         done, left = self._done - self._found, self._total - self._done
         seconds = time.monotonic() - self._started
         line = f"{self._phase}: {self._done} of {self._total} after {seconds:.0f} s"
-        return line + (f", {done / seconds:.2g} a second, {left * seconds / done:.0f} s left" if done else "")
+        if not done:
+            return line
+        rate = done / seconds
+        return f"{line}, {rate:{'.0f' if rate >= 10 else '.2g'}} a second, {left / rate:.0f} s left"
 
     def start(self, phase: str, total: int, done: int = 0) -> None:
         self._phase, self._total, self._done, self._found = phase, total, done, done
-        self._started = time.monotonic()
+        self._started = self._spoken = time.monotonic()
         remark = f"{done} from an earlier run" if done else ""
         if self._console.is_terminal:
             self._task = self._bars.add_task(phase, total=total, completed=done, remark=remark)
