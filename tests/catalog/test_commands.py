@@ -127,9 +127,10 @@ def test_check_holds_a_family_to_the_invariants_on_the_checkpoints_that_it_bring
 def test_check_says_which_model_a_family_needs(
     run: Run, checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    written = checkpoint("llava")
     monkeypatch.setattr(MODELS.get("llava"), "recipes", dict)
     assert "give a checkpoint that it serves, --model DIRECTORY" in run("check", "llava").err
-    other = run("check", "qwen2_5_vl", "--model", str(checkpoint("llava")))
+    other = run("check", "qwen2_5_vl", "--model", str(written))
     assert other.status == 2
     assert "is a LlavaForConditionalGeneration, which the family does not serve" in other.err
 
