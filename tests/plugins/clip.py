@@ -76,3 +76,21 @@ def encode(reducer: TokenReducer, pixels: Tensor, attention: str = "sdpa") -> En
 def assert_equal_states(found: Tensor, expected: Tensor) -> None:
     """Equality to the tolerance of the stored hidden states, whose values reach 15."""
     torch.testing.assert_close(found, expected, atol=5e-5, rtol=1e-4)
+
+
+def opened(pixels: Tensor) -> tuple[Tensor, list[Any]]:
+    """What the tower's first layer takes of one picture, ``(37, dim)``, and the layers up to the features."""
+    tower = clip_llava().model.vision_tower
+    layers = next(module for name, module in tower.named_modules() if name.endswith("encoder.layers"))
+    embeddings, norm = (
+        next(module for name, module in tower.named_modules() if name.endswith(part))
+        for part in ("embeddings", "pre_layrnorm")
+    )
+    return norm(embeddings(pixels[None]))[0], list(layers[:23])
+
+
+def projected(layer: Any, hidden: Tensor) -> tuple[Tensor, ...]:
+    """One layer's queries, keys and values, ``(heads, tokens, dim)`` each."""
+    normed, attention = layer.layer_norm1(hidden), layer.self_attn
+    parts = (attention.q_proj, attention.k_proj, attention.v_proj)
+    return tuple(part(normed).unflatten(-1, (4, 8)).transpose(0, 1) for part in parts)

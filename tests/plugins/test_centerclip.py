@@ -11,8 +11,8 @@ from tokenreduce import create
 from tokenreduce.testing import check_reducer, prompts
 from tokenreduce_plugins.centerclip import CenterClip, spread
 
-from .films import show_film
 from .golden import GEOMETRY, assert_equal_floats, random, show
+from .videos import show_film
 
 POINTS = torch.tensor([[0, 0], [0, 1], [4, 0], [4, 1], [5, 0.5], [0.2, 0.4]])
 

@@ -14,8 +14,8 @@ from tokenreduce.reducer import Geometry, Selection, Span, Tile
 from tokenreduce.testing import check_reducer, prompts
 from tokenreduce_plugins.flashvid import FlashVid, aggregated
 
-from .films import film, received, show_film
 from .golden import GEOMETRY, Case, assert_equal_floats, cases, random, show, stored
+from .videos import film, received, show_film
 
 KNOBS = [
     "expansion",

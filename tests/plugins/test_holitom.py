@@ -14,8 +14,8 @@ from tokenreduce.reducer import Geometry, Grid, Span, Tile, VisualTokens, densit
 from tokenreduce.testing import check_reducer, prompts
 from tokenreduce_plugins.holitom import HoliTom, averaged, static_windows
 
-from .films import film, received, show_film
 from .golden import GEOMETRY, Case, assert_equal_floats, cases, random, show
+from .videos import film, received, show_film
 
 
 def outer(features: Tensor, scores: Tensor, *args: Any, **knobs: Any) -> Any:

@@ -12,8 +12,8 @@ from tokenreduce.reducer import Grid, Span, Tile
 from tokenreduce.signals import Signal, View
 from tokenreduce_plugins.quota import Quota, scaled, shares
 
-from .films import show_film
 from .golden import GEOMETRY, assert_equal_floats, random, show
+from .videos import show_film
 
 SCORES = [0.9, 0.6, 0.3, 0.05]
 

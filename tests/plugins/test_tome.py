@@ -15,7 +15,7 @@ from tokenreduce.reducer import AtEncoder, Step
 from tokenreduce.signals import Attention
 from tokenreduce_plugins.tome import ToMe, match
 
-from .clip import clip_llava, encode
+from .clip import encode, opened, projected
 from .golden import GEOMETRY, Case, assert_equal_floats, cases, random, show, stored, walk
 
 
@@ -89,24 +89,14 @@ def test_the_most_similar_pair_is_merged() -> None:
 
 def literal(pixels: Tensor, keep: int, proportional: bool) -> Tensor:
     """The features ``(keep, dim)`` of one picture, from a loop over the tower's layers written out."""
-    tower = clip_llava().model.vision_tower
-    layers = next(module for name, module in tower.named_modules() if name.endswith("encoder.layers"))
-    embeddings, norm = (
-        next(module for name, module in tower.named_modules() if name.endswith(part))
-        for part in ("embeddings", "pre_layrnorm")
-    )
-    hidden = norm(embeddings(pixels[None]))[0]
+    hidden, layers = opened(pixels)
     members = torch.eye(36)
-    for layer in layers[:23]:
-        normed, attention = layer.layer_norm1(hidden), layer.self_attn
-        queries, keys, values = (
-            part(normed).unflatten(-1, (4, 8)).transpose(0, 1)
-            for part in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
+    for layer in layers:
+        queries, keys, values = projected(layer, hidden)
         logits = queries @ keys.transpose(1, 2) * 8**-0.5
         if proportional:
             logits[:, :, 1:] += members.sum(dim=1).log()
-        hidden = hidden + attention.out_proj((logits.softmax(dim=-1) @ values).transpose(0, 1).flatten(1))
+        hidden = hidden + layer.self_attn.out_proj((logits.softmax(dim=-1) @ values).transpose(0, 1).flatten(1))
         merges = min(-(-(36 - keep) // 23), len(members) - keep, len(members) // 2)
         _, source = match(keys.mean(dim=0)[1:], merges, class_token=True)
         into = torch.nn.functional.one_hot(source).T.float()

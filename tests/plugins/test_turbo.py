@@ -13,7 +13,7 @@ from tokenreduce import create
 from tokenreduce.reducer import Grid, Span, Tile
 from tokenreduce_plugins.tome import ToMe, Turbo, match
 
-from .clip import clip_llava, encode
+from .clip import encode, opened, projected
 from .golden import GEOMETRY, random, show, stored
 
 KEYS = torch.tensor([[1.0, 0], [1, 0.1], [0, 1], [0.1, 1], [1, 1], [1, 0.9]])
@@ -93,22 +93,12 @@ def test_the_presets_of_the_official_scripts() -> None:
 
 def literal(pixels: Tensor, keep: int, alpha: float) -> Tensor:
     """The features ``(keep, dim)`` of one picture, from a loop over the tower's layers written out."""
-    tower = clip_llava().model.vision_tower
-    layers = next(module for name, module in tower.named_modules() if name.endswith("encoder.layers"))
-    embeddings, norm = (
-        next(module for name, module in tower.named_modules() if name.endswith(part))
-        for part in ("embeddings", "pre_layrnorm")
-    )
-    hidden = norm(embeddings(pixels[None]))[0]
+    hidden, layers = opened(pixels)
     sizes = torch.ones(37)
-    for layer in layers[:23]:
-        normed, attention = layer.layer_norm1(hidden), layer.self_attn
-        queries, keys, values = (
-            part(normed).unflatten(-1, (4, 8)).transpose(0, 1)
-            for part in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
+    for layer in layers:
+        queries, keys, values = projected(layer, hidden)
         weights = (queries @ keys.transpose(1, 2) * 8**-0.5 + sizes.log()).softmax(dim=-1)
-        hidden = hidden + attention.out_proj((weights @ values).transpose(0, 1).flatten(1))
+        hidden = hidden + layer.self_attn.out_proj((weights @ values).transpose(0, 1).flatten(1))
         loss = 30 * alpha * weights[:, 0].mean(dim=0)
         merges = min(-(-(36 - keep) // 23), len(hidden) - 1 - keep, (len(hidden) - 1) // 2)
         hidden, sizes = merged(keys.mean(dim=0), hidden, sizes, loss, merges)
