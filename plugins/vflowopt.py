@@ -149,9 +149,8 @@ class VFlowOpt(TokenReducer):
         full = [next_logits(sample, None).float() for sample in samples]
         points, depth = torch.quasirandom.SobolEngine(4, scramble=True, seed=seed), geometry.decoder_layers
         first, second = (geometry.decoder_layer(layer) for layer in self.layers)
-        most = min(
-            1.0, budget * depth / first
-        )  # with more before the language model too much is seen, whatever follows
+        # With more before the language model too much is seen, whatever follows.
+        most = min(1.0, budget * depth / first)
         best, found, tried = -math.inf, self, 0
         while tried < calls:
             before, early, t, m = points.draw(1)[0].tolist()
